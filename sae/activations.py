@@ -1,0 +1,80 @@
+"""Hookpoints of an LLM: find one, run the model as far as it, stream what comes out, put something in.
+
+Dims: B contexts, T tokens, N rows (tokens of many contexts), D the hookpoint's width.
+"""
+
+import difflib
+from contextlib import contextmanager
+
+import torch
+
+from sae import InputError
+
+
+class _Reached(Exception):
+    """Raised by a hook to end the forward pass at the hookpoint: the layers behind it are never run."""
+
+
+def find_hookpoint(model, template, layer):
+    """The module at `template` ("model.layers.{}.mlp") of `layer`, with its full name.
+
+    Raises InputError for a layer the model has not (naming the range) and for a name that matches no
+    module (naming the closest).
+    """
+    count = model.config.get_text_config().num_hidden_layers
+    if not 0 <= layer < count:
+        raise InputError(f"layer_id needed: 0 to {count - 1} ({model.config.model_type}), got {layer}")
+    name = template.format(layer)
+    modules = dict(model.named_modules())
+    if name not in modules:
+        close = difflib.get_close_matches(name, modules, n=3, cutoff=0.0)
+        raise InputError(f"hookpoint needed: {name!r} is no module of the model; closest: {', '.join(close)}")
+    return modules[name], name
+
+
+@contextmanager
+def on_output(module, hook):
+    """Within: `hook(output)` runs whenever `module` has; a value it returns takes the output's place.
+
+    Only the first element is handed over, and replaced, where the module returns a tuple (attention does).
+    """
+
+    def forward_hook(_module, _inputs, output):
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        new = hook(first)
+        return None if new is None else (new if rest is None else (new, *rest))
+
+    handle = module.register_forward_hook(forward_hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@torch.inference_mode()
+def activations_at(model, module, ids_BT):
+    """The module's output on a batch of token ids: [B, T, D]. The pass stops there."""
+    seen = []
+
+    def stop(output):
+        seen.append(output)
+        raise _Reached
+
+    with on_output(module, stop):
+        try:
+            model(input_ids=ids_BT.to(model.device, non_blocking=True), use_cache=False)
+        except _Reached:
+            return seen[0]
+    raise InputError("hookpoint needed: the model never runs this module")
+
+
+def activation_width(model, module):
+    """D, read off a pass over one token."""
+    return activations_at(model, module, torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+
+
+def activation_rows(model, module, batches, skip_positions=0):
+    """Stream the activations of batches of contexts: [B, T] ids in, [B * (T - skip_positions), D] rows out."""
+    for ids_BT in batches:
+        acts_BTD = activations_at(model, module, ids_BT)
+        yield acts_BTD[:, skip_positions:].flatten(0, 1)

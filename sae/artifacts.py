@@ -1,0 +1,81 @@
+"""Artifacts on disk: atomic writes, fingerprints, and torch files that are never unpickled."""
+
+import hashlib
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from sae import InputError
+
+
+@contextmanager
+def atomic_write(path, mode="wb"):
+    """A file handle whose content appears at `path` whole or not at all (temporary name, fsync, rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    try:
+        with os.fdopen(descriptor, mode) as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(partial, 0o666 & ~_umask())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def sync_folder(folder):
+    """Make renames in `folder` survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(path):
+    """The first 16 hex digits of the SHA-256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def save_pt(path, content):
+    """Write a dict of tensors and plain values so that `torch.load(path, weights_only=True)` opens it."""
+    import torch
+
+    with atomic_write(path) as handle:
+        torch.save(content, handle)
+
+
+def load_pt(path, kind, keys, map_location="cpu"):
+    """Read what `save_pt` wrote. `kind` names the artifact in errors, `keys` are those it must have."""
+    import torch
+
+    if not Path(path).is_file():
+        raise InputError(f"{kind} needed at {path}, no such file")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as err:  # torch raises a different type for each way a file can be wrong
+        if isinstance(err, OSError):
+            raise
+        raise InputError(f"{kind} needed, {path} is truncated or no torch file of plain tensors") from err
+    missing = [key for key in keys if key not in content] if isinstance(content, dict) else list(keys)
+    if missing:
+        raise InputError(f"{kind} needed, {path} lacks {', '.join(missing)}")
+    return content
+
+
+def check_origin(what, made_from, given, path):
+    """Refuse two artifacts that do not belong together, naming both."""
+    if made_from != given:
+        raise InputError(f"{what} was made from fingerprint {made_from}, but {path} has {given}")
