@@ -74,7 +74,7 @@ def activation_width(model, module):
 
 
 def activation_rows(model, module, batches, skip_positions=0):
-    """Stream the activations of batches of contexts: ids [B, T] in, rows [B * (T - skip_positions), D] out."""
+    """Stream the activations of contexts: ids [B, T] in, rows [B * (T - skip_positions), D] out."""
     for ids_BT in batches:
         acts_BTD = activations_at(model, module, ids_BT)
         yield acts_BTD[:, skip_positions:].flatten(0, 1)

@@ -38,7 +38,7 @@ class Autoencoder(nn.Module):
         return f_NF @ self.W_dec + self.b_dec
 
     def scale(self, x_ND):
-        """[N, 1]: what each row is multiplied by before encoding; 1 without `normalize`. Zero rows stay so."""
+        """[N, 1]: what each row is multiplied by before encoding; 1 without `normalize`. Zeros stay zeros."""
         if not self.normalize:
             return torch.ones_like(x_ND[:, :1])
         norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)

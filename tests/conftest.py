@@ -61,7 +61,8 @@ def write_dataset(folder, ids, documents, tokenizer_name, vocab_size=49152):
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
     info = {
         "tokenizer_name": str(tokenizer_name), "vocab_size": vocab_size, "dataset_name": "made by the tests",
-        "min_tokens": length, "seed": 0, "rows": len(ids), "fingerprint": hashlib.sha256(str(ids).encode()).hexdigest()[:16],
+        "min_tokens": length, "seed": 0, "rows": len(ids),
+        "fingerprint": hashlib.sha256(str(ids).encode()).hexdigest()[:16],
     }  # fmt: skip
     (Path(folder) / "tokenized_dataset.json").write_text(json.dumps(info))
     return str(folder)
