@@ -1,0 +1,66 @@
+"""Pictures of a run: how often features fire, and how training went."""
+
+import torch
+
+from sae.artifacts import atomic_write
+
+
+def frequency_histogram(path, log10_frequency, title, band=None):
+    """PNG: how many features have which log10 frequency [F]; dead ones are counted in the legend.
+
+    `band` = (lower, upper) is shaded: the features that samples are taken of.
+    """
+    figure, axes = _figure()
+    alive = log10_frequency[torch.isfinite(log10_frequency)]
+    dead = len(log10_frequency) - len(alive)
+    axes.hist(alive.numpy(), bins=80, color="#3b6ea5", label=f"{len(alive)} alive, {dead} dead")
+    if band is not None:
+        axes.axvspan(*band, color="#e8a33d", alpha=0.25, label=f"band {band[0]:g} to {band[1]:g}")
+    axes.set(title=title, xlabel="log10 of the share of tokens a feature fires on", ylabel="features")
+    axes.legend(frameon=False)
+    _save(path, figure)
+
+
+def loss_curves(path, metrics, title):
+    """PNG from the lines of metrics.jsonl: loss over training tokens, and the held-out figures."""
+    import numpy as np
+
+    figure, axes = _figure(rows=3, height=8)
+    logs = [line for line in metrics if line["event"] == "log"]
+    checkpoints = [line for line in metrics if line["event"] == "checkpoint"]
+    tokens = np.array([line["tokens"] for line in logs])
+    for name, label in (("loss", "loss"), ("mse", "squared error"), ("l1", "l1 x sum of activations")):
+        axes[0].plot(tokens, [line[name] for line in logs], label=label)
+    axes[1].plot(tokens, [line["l0"] for line in logs], label="L0, training")
+    held_out = np.array([line["tokens"] for line in checkpoints])
+    axes[1].plot(held_out, [line["l0"] for line in checkpoints], "o", label="L0, held out")
+    names = {
+        "explained_variance": "explained variance",
+        "loss_recovered": "loss recovered",
+        "dead_share": "dead",
+    }
+    for name, label in names.items():
+        values = [np.nan if line[name] is None else line[name] for line in checkpoints]
+        axes[2].plot(held_out, values, "o-", label=name.replace("_", " "))
+    for event in (line for line in metrics if line["event"] == "resample"):
+        for row in axes:
+            row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
+    axes[0].set(title=title, ylabel="per token", yscale="log")
+    axes[1].set(ylabel="features per token", yscale="log")
+    axes[2].set(ylabel="share, held out", xlabel="training tokens", ylim=(-0.05, 1.05))
+    for row in axes:
+        row.legend(frameon=False)
+    _save(path, figure)
+
+
+def _figure(rows=1, height=4):
+    # Not pyplot: its global state would keep every figure of a long run alive.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, height), layout="constrained")
+    return figure, figure.subplots(rows, 1, sharex=True)
+
+
+def _save(path, figure):
+    with atomic_write(path) as handle:
+        figure.savefig(handle, format="png", dpi=90)
