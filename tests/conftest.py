@@ -110,3 +110,12 @@ def assert_refused(result, *words):
     assert len(lines) == 1, result.stderr
     for word in words:
         assert str(word) in lines[0], (word, lines[0])
+
+
+@pytest.fixture(scope="session")
+def elasticsearch_url():
+    """A real server: the one that ELASTICSEARCH_URL names, or a noida-db of this session's own."""
+    from servers import elasticsearch
+
+    with elasticsearch() as url:
+        yield url

@@ -1,0 +1,76 @@
+"""The journal of explanations: one JSON document a line, on disk before anything else happens with it."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+from sae import InputError
+from sae.artifacts import sync_folder
+
+
+def read_journal(path):
+    """What a journal holds: ({dim: document}, whether its last line was torn). A missing file is empty.
+
+    A torn last line (a run that was killed) is cut off the file; a bad line before it raises InputError.
+    For one process only, before its `Journal` is open.
+    """
+    documents, whole = {}, 0
+    if not Path(path).exists():
+        return documents, False
+    with open(path, "r+b") as handle:
+        lines = handle.read().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            document = _parse(line)
+            if document is None and number < len(lines):
+                raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
+            if document is not None:
+                documents[document["dim"]] = document
+                whole += len(line)
+        torn = whole < handle.tell()
+        if torn:
+            _lock(handle, path)
+            handle.truncate(whole)
+            os.fsync(handle.fileno())
+    return documents, torn
+
+
+def _parse(line):
+    """A whole line as a document; None when it is torn or something else."""
+    try:
+        document = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return document if isinstance(document, dict) and isinstance(document.get("dim"), int) else None
+
+
+def _lock(handle, path):
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"a journal of its own needed, another run is writing {path}") from None
+
+
+class Journal:
+    """Appends documents to the file at `path`; when `append` returns, the line survives a power cut.
+
+    with Journal(path) as journal:
+        journal.append({"dim": 7, ...})
+    """
+
+    def __init__(self, path):
+        self._handle = open(path, "ab")  # noqa: SIM115, closed in __exit__
+        _lock(self._handle, path)
+        sync_folder(Path(path).parent)
+
+    def __enter__(self):
+        return self
+
+    def append(self, document):
+        # allow_nan: NaN is no JSON, the server would refuse what the journal holds.
+        self._handle.write(json.dumps(document, allow_nan=False).encode() + b"\n")
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+
+    def __exit__(self, *_error):
+        self._handle.close()
