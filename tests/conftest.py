@@ -103,6 +103,19 @@ def run_script(script, *args, timeout=300, cwd=None, env=None):
     )
 
 
+def run_module(module, *args, timeout=300, env=None):
+    """Run `python -m module` from the repository as a user does; returns the CompletedProcess."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env=os.environ | (env or {}),
+        check=False,
+    )
+
+
 def assert_refused(result, *words):
     """One line on standard error that has all of `words`, exit status 2."""
     assert result.returncode == 2, (result.returncode, result.stderr)
