@@ -2,6 +2,7 @@
 
 import ipaddress
 import itertools
+import os
 import re
 import ssl
 import sys
@@ -11,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import urllib3
 from elastic_transport import ConnectionTimeout, SerializationError, TlsError, TransportError
 from elasticsearch import ApiError, Elasticsearch, NotFoundError, UnsupportedProductError, helpers
 from tqdm import tqdm
@@ -48,15 +48,14 @@ def connect(server_address, api_key, ssl_cert=None, insecure=False):
     """
     url = _url(server_address, ssl_cert)
     if insecure:
-        urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
         print(
             f"warning: --insecure: the certificate of {url} is not verified, "
             "whoever sits in between can read the API key",
             file=sys.stderr,
         )
-    options = {"ssl_context": _tls(ssl_cert, insecure)} if url.startswith("https") else {}
+    tls = _tls(ssl_cert, insecure) if url.startswith("https") else {}
     client = Elasticsearch(
-        url, api_key=_key(api_key), request_timeout=20, max_retries=3, retry_on_status=BUSY, **options
+        url, api_key=_key(api_key), request_timeout=20, max_retries=3, retry_on_status=BUSY, **tls
     )
     with _in_one_line(client):
         client.info()
@@ -67,12 +66,13 @@ def _url(address, ssl_cert):
     if "@" in address:
         raise InputError("server_address needs no user or password, the API key says who asks")
     scheme, there, rest = address.rpartition("://")
-    scheme, parts = scheme.lower(), urlsplit(f"//{rest}")
+    scheme = scheme.lower()
     try:
+        parts = urlsplit(f"//{rest}")
         host, port = parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or parts.query or scheme not in (["http", "https"] if there else [""]):
+    if not host or parts.query or parts.fragment or scheme not in (["http", "https"] if there else [""]):
         raise InputError(f"server_address needs [http(s)://]host[:port], got {address!r}")
     if scheme == "http" and ssl_cert:
         raise InputError(f"--ssl_cert needs an https address, got {address!r}")
@@ -101,15 +101,15 @@ def _key(text):
 
 
 def _tls(ssl_cert, insecure):
+    """The client's options; its own default would be the authorities that certifi knows."""
+    if insecure:
+        return {"verify_certs": False, "ssl_show_warn": False}
     try:
-        context = ssl.create_default_context(cafile=ssl_cert)
+        return {"ssl_context": ssl.create_default_context(cafile=ssl_cert)}
     except ssl.SSLError:
         raise InputError(f"--ssl_cert needs a file of certificates (PEM), {ssl_cert} is none") from None
     except OSError as err:
         raise InputError(f"--ssl_cert needs a file of certificates, {ssl_cert}: {err.strerror}") from None
-    if insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _root(err):
 def index_name(config):
     """The index of an autoencoder's explanations, from its checkpoint's config."""
     model = str(config["model_name"])
-    if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         model = Path(model).name
     keys = ("layer_type", "layer_id", "act_vec_size", "dict_vec_size", "learning_rate", "l1_coefficient")
     tail = _allowed("".join(f"_{config[key]}" for key in keys))
@@ -243,7 +243,8 @@ class Writer:
     """
 
     def __init__(self, client, index, patience_s):
-        self._client = client.options(request_timeout=min(60, max(1, patience_s)), max_retries=0)
+        # Several attempts fit into the patience.
+        self._client = client.options(request_timeout=min(60, max(1, patience_s / 4)), max_retries=0)
         self._index, self._patience_s = index, patience_s
         self._documents, self._waiting, self._rejected = {}, {}, {}  # by dim
         self._changed, self._closing, self.trouble = threading.Condition(), False, None
