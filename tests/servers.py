@@ -119,8 +119,7 @@ class Proxy(HTTPServer):
     def _pass_on(self, request):
         left_out = ("host", "connection", "content-length")
         headers = {name: value for name, value in request.headers if name.lower() not in left_out}
-        if not self.check_key:
-            headers["Authorization"] = f"ApiKey {api_key()}"
+        headers["Authorization"] = f"ApiKey {api_key()}"
         url = self.upstream + request.full_path.rstrip("?")
         there = urllib.request.Request(url, request.get_data() or None, headers, method=request.method)
         try:
