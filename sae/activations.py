@@ -54,7 +54,7 @@ def on_output(module, hook):
 
 
 @torch.inference_mode()
-def activations_at(model, module, ids_BT):
+def activations_at(model, module, ids_BT, **inputs):
     """The module's output on a batch of token ids: [B, T, D]. The pass stops there."""
     seen = []
 
@@ -64,15 +64,17 @@ def activations_at(model, module, ids_BT):
 
     with on_output(module, stop):
         try:
-            model(input_ids=ids_BT.to(model.device, non_blocking=True), use_cache=False)
+            model(input_ids=ids_BT.to(model.device, non_blocking=True), use_cache=False, **inputs)
         except _Reached:
             return seen[0]
     raise InputError("hookpoint needed: the model never runs this module")
 
 
 def activation_width(model, module):
-    """D, read off a pass over one token."""
-    return activations_at(model, module, torch.zeros(1, 1, dtype=torch.long)).shape[-1]
+    """D, read off a pass over one token; the model may be a `models.skeleton` without weights."""
+    with model.device:
+        token, seen = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
+        return activations_at(model, module, token, attention_mask=seen).shape[-1]
 
 
 def activation_rows(model, module, batches, skip_positions=0):

@@ -12,14 +12,15 @@ class ShuffleBuffer:
 
     A block's batches are drawn across the whole of it, and each row is used once. The next block is written
     into the slots that the drawn batches leave, so one block of memory is all there ever is, and the LLM
-    works steadily instead of in bursts. What batch n holds depends on the stream, the seed and n alone: a run is
-    resumed by starting the stream at the first row of block `first // capacity` and asking for `first`.
+    works steadily instead of in bursts. What batch n holds depends on the stream, the seed and n alone: a run
+    is resumed by starting the stream at the first row of block `first // capacity` and asking for `first`.
 
     chunks: iterator of rows [any, D], all of one dtype. num_batches: how many batches the whole stream gives.
+    skip: rows to leave out of the first chunk.
     """
 
-    def __init__(self, chunks, batch_size, num_batches, capacity, seed, device="cpu"):
-        self._chunks, self._chunk, self._used = iter(chunks), None, 0
+    def __init__(self, chunks, batch_size, num_batches, capacity, seed, device="cpu", skip=0):
+        self._chunks, self._chunk, self._used, self._skip = iter(chunks), None, 0, skip
         self.batch_size, self.num_batches, self.capacity = batch_size, num_batches, capacity
         self.seed, self.device = seed, device
         self._rows_ND = self._order_N = None
@@ -58,7 +59,7 @@ class ShuffleBuffer:
         """Write the next rows of the stream into these slots."""
         while len(slots_N):
             if self._chunk is None or self._used == len(self._chunk):
-                self._chunk, self._used = next(self._chunks), 0
+                self._chunk, self._used, self._skip = next(self._chunks), self._skip, 0
             if self._rows_ND is None:
                 self._rows_ND = self._chunk.new_empty(size, self._chunk.shape[1], device=self.device)
             new_ND = self._chunk[self._used : self._used + len(slots_N)]

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from sae import InputError
 
 CODELLAMA = "codellama/CodeLlama-7b-Instruct-hf"
+STOPPED = 130  # exit status after Ctrl-C or SIGTERM: a wrapper must not go on to the next script
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -91,6 +92,15 @@ def default_devices():
 
     gpus = torch.cuda.device_count()
     return ("cpu", "cpu") if gpus == 0 else ("cuda:0", "cuda:1" if gpus > 1 else "cuda:0")
+
+
+def device_pair(llm, autoencoder):
+    """The torch.devices of --device_llm and --device_autoencoder, None: the default."""
+    defaults = default_devices()
+    return tuple(
+        check_device(f"--device_{part}", name or default)
+        for part, name, default in zip(("llm", "autoencoder"), (llm, autoencoder), defaults, strict=True)
+    )
 
 
 @contextmanager

@@ -26,11 +26,14 @@ def load_model(name, device="cpu", dtype="auto"):
     return model.to(device).eval().requires_grad_(False)
 
 
-def load_config(name):
-    """The model's configuration alone: cheap checks before the weights are read."""
-    from transformers import AutoConfig
+def skeleton(name):
+    """The model without weights, on device "meta": hookpoints, widths and sizes before anything is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return _load(AutoConfig, "model", name)
+    config = _load(AutoConfig, "model", name)
+    with torch.device("meta"):
+        # Other attention implementations look at values, which a meta tensor has not.
+        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
 def _load(auto_class, what, name, **options):

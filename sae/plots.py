@@ -29,17 +29,13 @@ def loss_curves(path, metrics, title):
     logs = [line for line in metrics if line["event"] == "log"]
     checkpoints = [line for line in metrics if line["event"] == "checkpoint"]
     tokens = np.array([line["tokens"] for line in logs])
-    for name, label in (("loss", "loss"), ("mse", "squared error"), ("l1", "l1 x sum of activations")):
+    names = {"loss": "loss", "mse": "squared error", "l1": "l1 x sum of activations"}
+    for name, label in names.items():
         axes[0].plot(tokens, [line[name] for line in logs], label=label)
     axes[1].plot(tokens, [line["l0"] for line in logs], label="L0, training")
     held_out = np.array([line["tokens"] for line in checkpoints])
     axes[1].plot(held_out, [line["l0"] for line in checkpoints], "o", label="L0, held out")
-    names = {
-        "explained_variance": "explained variance",
-        "loss_recovered": "loss recovered",
-        "dead_share": "dead",
-    }
-    for name, label in names.items():
+    for name in ("explained_variance", "loss_recovered", "dead_share"):
         values = [np.nan if line[name] is None else line[name] for line in checkpoints]
         axes[2].plot(held_out, values, "o-", label=name.replace("_", " "))
     for event in (line for line in metrics if line["event"] == "resample"):

@@ -1,0 +1,52 @@
+"""Reviving dead features, by the two methods of Bricken et al. 2023.
+
+Dims: K dead features, M inputs looked at, D act_vec_size, F dict_vec_size.
+"""
+
+import torch
+from torch.nn import functional
+
+NUM_INPUTS = 819_200  # how many inputs the `anthropic` method draws from
+
+
+def pick_inputs(loss_M, count, rng):
+    """[count] numbers of inputs, each drawn with probability proportional to its loss squared.
+
+    Independent draws: an input may be picked twice. rng: a numpy Generator.
+    """
+    weight_M = loss_M.double().square().clamp_min(1e-300)  # all equal where nothing is lost
+    return torch.from_numpy(rng.choice(len(loss_M), size=count, p=(weight_M / weight_M.sum()).numpy()))
+
+
+@torch.no_grad()
+def revive_from_inputs(autoencoder, optimizer, dead_K, inputs_KD):
+    """`anthropic`: decoder rows become the inputs at unit norm, less b_dec, as the encoder sees them.
+
+    Encoder columns get the same direction at 0.2 x the mean encoder norm of the living features (of norm 1,
+    the norm at the start, where none lives); encoder biases become 0.
+    """
+    direction_KD = functional.normalize(inputs_KD - autoencoder.b_dec, dim=1)
+    alive_F = torch.ones(len(autoencoder.b_enc), dtype=torch.bool, device=dead_K.device)
+    alive_F[dead_K] = False
+    living_norms = torch.linalg.vector_norm(autoencoder.W_enc[:, alive_F], dim=0)
+    norm = living_norms.mean() if len(living_norms) else 1.0
+    _replace(autoencoder, optimizer, dead_K, 0.2 * norm * direction_KD, direction_KD)
+
+
+@torch.no_grad()
+def revive_at_random(autoencoder, optimizer, dead_K, rng):
+    """`replacement`: fresh vectors as at the start (unit norm, encoder = decoder), zero bias."""
+    fresh_KD = rng.standard_normal((len(dead_K), autoencoder.W_dec.shape[1]), dtype="float32")
+    fresh_KD = functional.normalize(torch.from_numpy(fresh_KD), dim=1).to(autoencoder.W_dec.device)
+    _replace(autoencoder, optimizer, dead_K, fresh_KD, fresh_KD)
+
+
+def _replace(autoencoder, optimizer, dead_K, encoder_KD, decoder_KD):
+    autoencoder.W_dec[dead_K] = decoder_KD
+    autoencoder.W_enc[:, dead_K] = encoder_KD.T
+    autoencoder.b_enc[dead_K] = 0
+    for parameter, where in ((autoencoder.W_dec, 0), (autoencoder.W_enc, 1), (autoencoder.b_enc, 0)):
+        # Adam still remembers the old direction and would pull the new feature back.
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in optimizer.state[parameter]:
+                optimizer.state[parameter][moment].index_fill_(where, dead_K, 0)

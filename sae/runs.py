@@ -1,0 +1,231 @@
+"""A training run: its settings, what it needs of memory, and its folder (checkpoints, metrics, resume.pt)."""
+
+import itertools
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from sae import InputError, __version__
+from sae.artifacts import load_pt, save_pt
+from sae.autoencoder import save_checkpoint
+from sae.plots import frequency_histogram, loss_curves
+
+# Flags that may differ when a run is resumed: they do not decide its results.
+FREE_FLAGS = {"resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder"}
+DEFAULT_PRELOAD = 25000
+RESUME_SECONDS = 900  # between two writes of resume.pt where checkpoints are further apart
+
+
+def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_contexts):
+    """All that decides a run's results: the flags (a dict) with their defaults resolved, plain values.
+
+    Raises InputError for flags that do not fit the hookpoint's width or the dataset's contexts.
+    """
+    config = {k: v for k, v in flags.items() if k not in FREE_FLAGS and not k.endswith("_hookpoint")}
+    if flags["act_vec_size"] not in (None, act_vec_size):
+        raise InputError(f"--act_vec_size {act_vec_size} needed by {hookpoint}, got {flags['act_vec_size']}")
+    context = flags["num_tokens"] or info["min_tokens"]
+    if context > info["min_tokens"] or flags["skip_positions"] >= context:
+        raise InputError(
+            f"--num_tokens up to {info['min_tokens']} (the dataset's contexts) and --skip_positions below it "
+            f"needed, got {flags['num_tokens']} and {flags['skip_positions']}"
+        )
+    config["context_rows"] = context - flags["skip_positions"]
+    epoch_batches = training_contexts * config["context_rows"] // flags["batch_size_autoencoder"]
+    if epoch_batches == 0:
+        raise InputError(
+            f"--batch_size_autoencoder {flags['batch_size_autoencoder']} needs as many tokens to train on, "
+            f"the dataset has {training_contexts * config['context_rows']}"
+        )
+    return config | {
+        "num_batches": flags["num_batches"] or epoch_batches, "epoch_batches": epoch_batches,
+        "training_contexts": training_contexts, "act_vec_size": act_vec_size,
+        "dict_vec_size": flags["dict_vec_size"] or 4 * act_vec_size, "architecture": "relu",
+        "hookpoint": hookpoint, "dtype_llm": str(dtype_llm).removeprefix("torch."),
+        "dataset_fingerprint": info["fingerprint"], "tokenizer_name": info["tokenizer_name"],
+        "min_tokens": info["min_tokens"], "suite_version": __version__,
+    }  # fmt: skip
+
+
+def plan_memory(config, skeleton, llm, autoencoder):
+    """Settle `num_batches_preload` so that all fits; returns the config and a line for the user.
+
+    llm, autoencoder: (device, dtype); the buffer lies with the autoencoder in the LLM's dtype. A default
+    buffer fills at most half of the memory that is left, a given one 0.9 of it. Raises InputError where it
+    cannot fit.
+    """
+    (llm_device, llm_dtype), (device, dtype) = llm, autoencoder
+    D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
+    text = skeleton.config.get_text_config()
+    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    tokens = config["batch_size_llm"] * config["min_tokens"]
+    weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    parts = {
+        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size)) * llm_dtype.itemsize,
+        # Weights, gradients and Adam's two moments; the copies of weights and gradients for the products.
+        "autoencoder": 2 * D * F * (4 * 4 + 2 * dtype.itemsize) + N * (3 * F * dtype.itemsize + 5 * D * 4),
+    }
+    free = {place: _free_bytes(place) for place in (llm_device, device)}
+    left = dict(free)
+    for part, place in (("LLM", llm_device), ("autoencoder", device)):
+        left[place] -= parts[part]
+        if left[place] < 0:
+            raise InputError(
+                f"{parts[part] / 1e9:.2f} GB needed on {place} for the {part}, {-left[place] / 1e9:.2f} GB too "
+                "much: take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
+            )
+    batch_bytes = N * (D * llm_dtype.itemsize + 24)  # and the rows' places in the shuffled order
+    wanted = min(config["num_batches_preload"] or DEFAULT_PRELOAD, config["num_batches"])
+    fits = int(left[device] * (0.9 if config["num_batches_preload"] else 0.5) / batch_bytes)
+    if fits < 1 or (config["num_batches_preload"] and wanted > fits):
+        raise InputError(
+            f"--num_batches_preload {wanted} needs {wanted * batch_bytes / 1e9:.2f} GB on {device}, where "
+            f"{left[device] / 1e9:.2f} GB are left: at most {fits}"
+        )
+    preload = min(wanted, fits)
+    sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
+    line = (
+        f"memory, GB: {sizes}, buffer {preload * batch_bytes / 1e9:.2f} ({preload} batches"
+        f"{f' of {wanted}: more would fill over half of what is left' if preload < wanted else ''}); "
+        f"LLM in {config['dtype_llm']} on {llm_device}, autoencoder in float32 on {device}, its products in "
+        f"{str(dtype).removeprefix('torch.')}\n"
+        f"data: {config['num_batches']} batches of {N} tokens to train, {config['epoch_batches']} in an epoch"
+        f"{'; each epoch comes in a new order' if config['num_batches'] > config['epoch_batches'] else ''}"
+    )
+    return config | {"num_batches_preload": preload}, line
+
+
+def _free_bytes(device):
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def stream_start(config, batch):
+    """Where the stream of rows must start so that the buffer can give batch number `batch` next.
+
+    Returns (number of the LLM batch, its rows to leave out, number of LLM batches up to the run's end).
+    """
+    rows_per_llm_batch = config["batch_size_llm"] * config["context_rows"]
+    block = batch // config["num_batches_preload"] * config["num_batches_preload"]
+    first, skip = divmod(block * config["batch_size_autoencoder"], rows_per_llm_batch)
+    return first, skip, -(-config["num_batches"] * config["batch_size_autoencoder"] // rows_per_llm_batch)
+
+
+def timed_steps(trainer, rows, config):
+    """One line: the time a run takes, from three LLM batches and three training steps (two of each timed)."""
+    chunks = [next(rows)]
+    started = time.perf_counter()
+    chunks += itertools.islice(rows, 2)
+    batch_ND = torch.cat(chunks).repeat(8, 1)[: config["batch_size_autoencoder"]].clone()
+    row_seconds = (time.perf_counter() - started) / sum(map(len, chunks[1:]))
+    trainer.step(batch_ND)
+    trainer.losses[-1].sum().item()  # waits for the device
+    started = time.perf_counter()
+    for _ in range(2):
+        trainer.step(batch_ND)
+    trainer.losses[-1].sum().item()
+    step = (time.perf_counter() - started) / 2 + config["batch_size_autoencoder"] * row_seconds
+    tokens = config["batch_size_autoencoder"] / step
+    minutes = step * config["num_batches"] / 60
+    return f"expected: {minutes:.1f} minutes at {tokens:.0f} tokens/s, checkpoints aside"
+
+
+def saved_run(path, config, resume):
+    """What resume.pt in `path` holds, None for a new run.
+
+    Raises InputError where a run would be overwritten, or was started with other flags than `config`.
+    """
+    path = Path(path)
+    holds_run = any(path.glob("*.pt")) or (path / "metrics.jsonl").exists()
+    if not resume:
+        if holds_run:
+            raise InputError(f"an empty --save_path or --resume needed, {path} holds a run")
+        return None
+    if not (path / "resume.pt").exists():
+        if any(path.glob("*.pt")):
+            raise InputError(f"--resume needs {path}/resume.pt, which is not there")
+        return None
+    saved = load_pt(path / "resume.pt", "the state of a run", ("config", "trainer", "metrics_bytes"))
+    before = saved["config"]
+    given = {k: v for k, v in config.items() if k != "num_batches_preload" or v is not None}
+    differ = [f"{k} was {before.get(k)}, is {v}" for k, v in given.items() if before.get(k) != v]
+    if differ:
+        raise InputError(f"--resume needs the flags and data of the run in {path}: {'; '.join(differ)}")
+    return saved
+
+
+class RunFolder:
+    """`save_path` of a run; `config` decides its results, `saved` is what `saved_run` gave."""
+
+    def __init__(self, path, config, saved):
+        self.path, self.config, self.saved_at = Path(path), config, time.monotonic()
+        self._metrics = self.path / "metrics.jsonl"
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self._metrics, "ab") as handle:
+            # Lines that were written after resume.pt: their steps are trained again.
+            handle.truncate(saved["metrics_bytes"] if saved else 0)
+
+    def append(self, events):
+        if events:
+            with open(self._metrics, "a") as handle:
+                handle.writelines(json.dumps(event) + "\n" for event in events)
+
+    def metrics(self):
+        return [json.loads(line) for line in self._metrics.read_text().splitlines()]
+
+    def resume_is_old(self):
+        return time.monotonic() - self.saved_at > RESUME_SECONDS
+
+    def save_resume(self, trainer):
+        """All that only going on needs, in one atomic file."""
+        with open(self._metrics, "ab") as handle:
+            os.fsync(handle.fileno())
+            size = handle.tell()
+        state = {"config": self.config, "trainer": trainer.state(), "metrics_bytes": size}
+        save_pt(self.path / "resume.pt", state)
+        self.saved_at = time.monotonic()
+
+    def save_checkpoint(self, trainer, figures):
+        """`<trained_batches>.pt`, a metrics line, plots; resume.pt last: a kill between repeats all."""
+        batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
+        log10_frequency = trainer.take_log10_frequency()
+        config = self.config | {"trained_batches": batch, "trained_tokens": tokens}
+        save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
+        dead_share = torch.isinf(log10_frequency).float().mean().item()
+        event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures, "dead_share": dead_share}
+        self.append([event])
+        title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
+        frequency_histogram(self.path / "images" / f"{batch}.png", log10_frequency, title)
+        loss_curves(self.path / "images" / "loss_curves.png", self.metrics(), title)
+        self.save_resume(trainer)
+        return event
+
+
+def bar_figures(events):
+    """What of the newest events the progress bar shows."""
+    shown = {}
+    for event in events:
+        if event["event"] == "log":
+            shown |= {"loss": f"{event['loss']:.4g}", "L0": f"{event['l0']:.1f}", "dead": event["dead"]}
+        if event["event"] == "checkpoint":
+            shown |= {"EV": _three(event["explained_variance"]), "recovered": _three(event["loss_recovered"])}
+    return shown
+
+
+def summary(metrics):
+    """The last checkpoint's held-out figures in a line."""
+    last = [line for line in metrics if line["event"] == "checkpoint"][-1]
+    return (
+        f"L0 {last['l0']:.1f}, explained variance {_three(last['explained_variance'])}, loss recovered "
+        f"{_three(last['loss_recovered'])}, dead {last['dead_share']:.1%}"
+    )
+
+
+def _three(value):
+    return "undefined" if value is None else f"{value:.3f}"
