@@ -8,6 +8,7 @@ import urllib.parse
 import urllib.request
 
 import pytest
+from conftest import assert_refused, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import KEY, NoidaServer, Proxy, api_key, certificates, dropped, first, free_port, refusal, slow
@@ -476,3 +477,23 @@ def test_a_server_that_is_killed_and_forgets_ends_with_every_document(short_paus
         assert (writer.sent, writer.unsent, writer.trouble) == (60, 0, None)
         assert stored(client, "i") == {dim: document(dim) for dim in range(60)}
         assert client.indices.get_mapping(index="i")["i"]["mappings"]["properties"] == MAPPING["properties"]
+
+
+def test_the_table_is_read_back_best_score_first(client, index, elasticsearch_url):
+    ensure_index(client, index, ORIGIN)
+    with Writer(client, index, 5) as writer:
+        for dim, score in enumerate((0.125, None, 0.75)):
+            writer.submit(document(dim, score=score, interpretation="one\nline", tokens=["as", f"t{dim}"]))
+    script = "experiments/print_table.py"
+    table = run_script(script, elasticsearch_url, index, "--api_key", api_key())
+    rows = [line.split() for line in table.stdout.splitlines()]
+    assert rows[1:] == [
+        ["2", "0.75", "-0.01", "one", "line", "as", "t2"],
+        ["0", "0.12", "-0.01", "one", "line", "as", "t0"],
+        ["1", "-", "-0.01", "one", "line", "as", "t1"],
+        ["3", "of", "3", "features"],
+    ]
+    found = run_script(script, elasticsearch_url, index, "--api_key", api_key(), "--query", "tokens:t1")
+    assert found.stdout.splitlines()[1].split()[0] == "1"
+    assert found.stdout.splitlines()[-1] == "1 of 1 features"
+    assert_refused(run_script(script, elasticsearch_url, f"{index}-x", "--api_key", api_key()), f"{index}-x")

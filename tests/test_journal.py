@@ -74,6 +74,16 @@ def test_nan_never_reaches_the_journal(path):
     assert list(read_journal(path)[0]) == [3, 1]
 
 
+def test_each_line_is_whole_when_it_is_synced(path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda _handle: synced.append(path.read_bytes().splitlines()[-1]))
+    with Journal(path) as journal:
+        synced.clear()  # the folder's
+        journal.append({"dim": 8})
+        journal.append({"dim": 9})
+    assert synced == [b'{"dim": 8}', b'{"dim": 9}']
+
+
 def test_two_runs_do_not_write_one_journal(path):
     with Journal(path) as _one, pytest.raises(InputError, match="another run is writing"):
         Journal(path)
@@ -87,7 +97,7 @@ def test_what_append_returned_from_outlives_kill_9(tmp_path):
         "import itertools, sys\nfrom sae.journal import Journal\n"
         "with Journal(sys.argv[1]) as journal:\n"
         "    for dim in itertools.count():\n"
-        "        journal.append({'dim': dim, 'text': 'x' * 5000})\n"
+        "        journal.append({'dim': dim, 'text': 'x' * 50})\n"
         "        print(dim, flush=True)\n"
     )
     command = [sys.executable, "-c", program, str(path)]
