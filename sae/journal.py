@@ -13,26 +13,27 @@ def read_journal(path):
     """What a journal holds: ({dim: document}, whether its last line was torn). A missing file is empty.
 
     A torn last line (a run that was killed) is cut off the file; a bad line before it raises InputError.
-    For one process only, before its `Journal` is open.
+    For one process only, while no `Journal` of the file is open.
     """
     documents, whole = {}, 0
     if not Path(path).exists():
         return documents, False
+    content = Path(path).read_bytes()
+    lines = content.splitlines(keepends=True)
+    for number, line in enumerate(lines, 1):
+        document = _parse(line)
+        if document is None and number < len(lines):
+            raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
+        if document is not None:
+            documents[document["dim"]] = document
+            whole += len(line)
+    if whole == len(content):
+        return documents, False
     with open(path, "r+b") as handle:
-        lines = handle.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            document = _parse(line)
-            if document is None and number < len(lines):
-                raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
-            if document is not None:
-                documents[document["dim"]] = document
-                whole += len(line)
-        torn = whole < handle.tell()
-        if torn:
-            _lock(handle, path)
-            handle.truncate(whole)
-            os.fsync(handle.fileno())
-    return documents, torn
+        _lock(handle, path)  # what looks torn may be a line that a run is just writing
+        handle.truncate(whole)
+        os.fsync(handle.fileno())
+    return documents, True
 
 
 def _parse(line):
