@@ -1,0 +1,285 @@
+"""Documents to a tokenised dataset with several processes, to be stopped and gone on with at any moment."""
+
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+import traceback
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from multiprocessing.connection import wait
+from pathlib import Path
+
+from sae import InputError, sources, tokens
+
+SECONDS_BETWEEN_REPORTS = 0.25
+
+
+class Stopped(Exception):
+    """The worker was asked to stop."""
+
+
+def find_contexts(tokenizer, documents, state, plan, process):
+    """(ids, document number) of each context that `state` has not seen; keeps the counts in `state`.
+
+    Document numbers are the reading order where process p reads the documents p, p + P, p + 2P ...
+    """
+    length, chunk = plan["min_tokens"], plan["chunk_documents"]
+    for batch in _batches(documents, 1 if chunk else 64):
+        texts = [text for _after, text in batch if isinstance(text, str)]
+        first = iter([] if chunk else tokenizer.first_windows(texts, length))
+        for after, text in batch:
+            if isinstance(text, sources.Skipped):
+                state.skipped[text.reason] = state.skipped.get(text.reason, 0) + 1
+            else:
+                windows = tokenizer.all_windows(text, length) if chunk else filter(None, [next(first)])
+                for ids in islice(windows, state.windows, None):
+                    state.windows += 1
+                    yield ids, state.documents * plan["num_processes"] + process
+                state.long_enough += state.windows > 0
+            state.position, state.windows = after, 0
+            state.documents += 1
+
+
+def _batches(documents, most, most_chars=1 << 22):
+    batch, chars = [], 0
+    for document in documents:
+        batch.append(document)
+        chars += len(document[1])
+        if len(batch) >= most or chars >= most_chars:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def run_worker(folder, plan, process, report, stopping):
+    """Write one worker's files; True when they are full, False when the documents ended first.
+
+    `report(counts)` is called now and then. Raises Stopped, with everything saved, once `stopping()`.
+    """
+    from sae.exact import ExactTokenizer
+
+    state = tokens.load_states(folder, plan)[process]
+    files = tokens.ArrowFiles(folder, plan, process, state)
+    if files.full:
+        return True
+    readers = [
+        partial(
+            sources.read_documents,
+            sources.open_source(arguments),
+            plan["seed"],
+            process,
+            plan["num_processes"],
+        )
+        for arguments in source_arguments(plan)
+    ]
+    told = 0.0
+
+    def watched(documents):
+        nonlocal told
+        for document in documents:
+            if time.monotonic() - told > SECONDS_BETWEEN_REPORTS:
+                told = time.monotonic()
+                report(state.counts() | {"contexts": files.contexts})
+                if stopping():
+                    raise Stopped
+            yield document
+
+    tokenizer = ExactTokenizer((folder / "tokenizer.json").read_text())
+    documents = watched(sources.alternate(readers, state.position))
+    try:
+        for ids, document in find_contexts(tokenizer, documents, state, plan, process):
+            files.add(ids, document)
+            if files.full:
+                return True
+        return False
+    finally:
+        files.save()
+        report(state.counts() | {"contexts": files.contexts})
+
+
+def source_arguments(plan):
+    """The plan's sources: one for each --data_dir."""
+    keys = ("dataset_config", "split", "text_field", "seed")
+    return [
+        sources.SourceArguments(plan["dataset_name"], data_dir, *(plan[key] for key in keys))
+        for data_dir in plan["data_dir"] or [None]
+    ]
+
+
+def _worker_main(folder, plan, process, parent, connection, stop):
+    """A worker process: ends with the message done, short, stopped, or error and what it says."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+    def report(counts):
+        connection.send(("counts", counts))
+
+    def stopping():
+        return stop.is_set() or os.getppid() != parent
+
+    try:
+        with lock(folder / f"worker-{process:05d}.lock", wait_s=30):
+            full = run_worker(folder, plan, process, report, stopping)
+        connection.send(("done" if full else "short", None))
+    except Stopped:
+        connection.send(("stopped", None))
+    except (InputError, OSError) as err:
+        connection.send(("error", f"process {process}: {err}"))
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+@contextmanager
+def lock(path, wait_s=0.0):
+    """Holds `path` for this process alone; the system lets go of it however the process ends."""
+    with open(path, "a") as handle:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise InputError(f"one run at a time needed, another writes in {path.parent}") from None
+                time.sleep(0.1)
+        yield
+
+
+def make_plan(flags, tokenizer_json):
+    """The flags with what they stand for: all that decides about the bytes. Opens the sources once."""
+    plan = flags | {"tokenizer_fingerprint": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:16]}
+    opened = [sources.open_source(arguments) for arguments in source_arguments(plan)]
+    plan["text_field"] = next((s.text_field for s in opened if isinstance(s, sources.Rows)), None)
+    plan["shards"] = [source.num_shards for source in opened]
+    return plan
+
+
+def working_folder(save_path):
+    return Path(save_path).absolute().parent / f".{Path(save_path).absolute().name}.partial"
+
+
+def check_save_path(save_path, flags):
+    """The info of the dataset that these flags have written to `save_path` already, else None."""
+    save_path = Path(save_path)
+    if not save_path.exists() or (save_path.is_dir() and not any(save_path.iterdir())):
+        return None
+    if not (save_path / tokens.INFO_FILE).is_file():
+        raise InputError(f"an empty or no folder needed at --save_path {save_path}, something else is there")
+    info = json.loads((save_path / tokens.INFO_FILE).read_text())
+    _refuse_other_flags(info["dataset_arguments"] | info, flags, f"the dataset at {save_path}")
+    return info
+
+
+def _refuse_other_flags(there, flags, what):
+    for key, value in flags.items():
+        if key == "text_field" and value is None:
+            continue
+        if there.get(key) != value:
+            raise InputError(
+                f"the flags of {what} needed: --{key} was {there.get(key)!r}, {value!r} came; "
+                "give the same flags to go on, or another --save_path"
+            )
+
+
+def start_or_resume(folder, plan, tokenizer_json):
+    """The workers' states in the working folder, which is made when there is none."""
+    plan_path = folder / "plan.json"
+    if plan_path.exists():
+        _refuse_other_flags(json.loads(plan_path.read_text()), plan, f"what was begun in {folder}")
+    else:
+        (folder / "dataset").mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(tokenizer_json)
+        tokens.save_json(plan_path, plan)
+    return tokens.load_states(folder, plan)
+
+
+def run_workers(folder, plan, stopping, show):
+    """Run all workers to their ends; returns {process: "done", "short" or "stopped"} and the last counts.
+
+    `show(counts of all processes)` is called now and then. The first error of a worker stops the others
+    and is raised.
+    """
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    workers, outcome, counts, errors = {}, {}, {}, []
+    for process in range(plan["num_processes"]):
+        receiver, sender = context.Pipe(duplex=False)
+        arguments = (folder, plan, process, os.getpid(), sender, stop)
+        worker = context.Process(target=_worker_main, args=arguments, daemon=True)
+        worker.start()
+        sender.close()
+        workers[receiver] = (process, worker)
+    try:
+        while workers:
+            for receiver in wait(list(workers), timeout=0.2):
+                process, worker = workers[receiver]
+                try:
+                    kind, content = receiver.recv()
+                except EOFError:
+                    worker.join()
+                    del workers[receiver]
+                    if process not in outcome:
+                        errors.append(f"process {process} died ({_how(worker.exitcode)})")
+                        stop.set()
+                    continue
+                if kind == "counts":
+                    counts[process] = content
+                else:
+                    outcome[process] = kind
+                    if kind == "error":
+                        errors.append(content)
+                        stop.set()
+            show(counts)
+            if stopping():
+                stop.set()
+    finally:
+        for _process, worker in workers.values():
+            worker.kill()
+    if errors:
+        raise InputError(
+            f"{errors[0]}. What is finished is kept in {folder}: the same command goes on from there"
+        )
+    return outcome, counts
+
+
+def _how(exitcode):
+    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
+
+
+def total(counts, key):
+    return sum(count[key] for count in counts.values())
+
+
+def refuse_short(folder, plan, outcome, counts):
+    """The documents ended too early: remove what was written and say what would fit."""
+    short = [process for process, kind in outcome.items() if kind == "short"]
+    per_worker = plan["num_files"] // plan["num_processes"]
+    fits = min(counts[process]["contexts"] for process in short) // per_worker
+    advice = (
+        f"num_samples_per_file {fits} would fit"
+        if fits
+        else "fewer files, --chunk_documents or a smaller --min_tokens may fit"
+    )
+    shutil.rmtree(folder)
+    raise InputError(
+        f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
+        f"tokens needed, the documents ended after {total(counts, 'contexts')}, of "
+        f"{total(counts, 'documents')} documents ({total(counts, 'long_enough')} long enough); {advice}"
+    )
+
+
+def finish(folder, save_path, plan, vocab_size):
+    """Move the finished files to their place, with what makes them a dataset; returns the info."""
+    info = tokens.write_info(folder / "dataset", plan, tokens.load_states(folder, plan), vocab_size)
+    os.replace(folder / "dataset", save_path)
+    shutil.rmtree(folder)
+    return info
