@@ -273,22 +273,23 @@ class Writer:
         self.sent = len(self._documents) - len(self._waiting) - len(self._rejected)
 
     def _work(self):
-        pause, failing_since, looks = FIRST_PAUSE_S, None, 0
+        pause, failing_since, looks = FIRST_PAUSE_S, time.monotonic(), 0
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 batch, closing = dict(itertools.islice(self._waiting.items(), BULK)), self._closing
             trouble, passing = self._try(self._send, batch) if batch else self._try(self._look_again)
             if trouble and not self.trouble:
-                failing_since = time.monotonic()
                 _say(f"{trouble}; the work goes on, what is finished is sent later")
             elif self.trouble and not trouble:
-                pause = FIRST_PAUSE_S
                 _say("ElasticSearch answers again")
+            if not (trouble and self.trouble) or batch.keys() - self._waiting.keys():
+                pause, failing_since = FIRST_PAUSE_S, time.monotonic()
             self.trouble = trouble
             if trouble:
                 left = self._patience_s - (time.monotonic() - failing_since)
                 if closing and (left <= 0 or not passing):
+                    self._waiting = self._waiting or self._taken()  # nobody knows what the server kept
                     return
                 with self._changed:
                     # Leaving cuts the pause short; once we are leaving, only the patience does.
@@ -332,9 +333,12 @@ class Writer:
                     self._rejected[dim] = error["reason"] if isinstance(error, dict) else str(error)
         return trouble
 
+    def _taken(self):
+        return {dim: doc for dim, doc in self._documents.items() if dim not in self._rejected}
+
     def _look_again(self):
-        taken = [doc for dim, doc in self._documents.items() if dim not in self._rejected]
-        self._waiting = {doc["dim"]: doc for doc in missing(self._client, self._index, taken)}
+        lacking = missing(self._client, self._index, self._taken().values())
+        self._waiting = {document["dim"]: document for document in lacking}
 
 
 def _may_pass(err):

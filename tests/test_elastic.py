@@ -48,10 +48,17 @@ def index(client, request):
     client.options(ignore_status=404).indices.delete(index=name)
 
 
-@pytest.fixture
-def proxy(elasticsearch_url):
+@pytest.fixture(scope="module")
+def one_proxy(elasticsearch_url):
     with Proxy(elasticsearch_url) as server:
         yield server
+
+
+@pytest.fixture
+def proxy(one_proxy):
+    """Passes everything on until the test gives it a fault."""
+    one_proxy.fault, one_proxy.requests = lambda _request: None, 0
+    return one_proxy
 
 
 @pytest.fixture
@@ -223,6 +230,13 @@ def test_the_systems_authorities_are_trusted(elasticsearch_url, tmp_path, monkey
     monkeypatch.setenv("SSL_CERT_FILE", authority)  # how OpenSSL is told where the system keeps them
     with Proxy(elasticsearch_url, tls=context) as server:
         connect(f"https://{server.address}", KEY)
+
+
+def test_a_certificate_for_another_name(elasticsearch_url, tmp_path):
+    context, authority = certificates(tmp_path, "es.example.org")
+    with Proxy(elasticsearch_url, tls=context) as server, pytest.raises(InputError) as refused:
+        connect(f"localhost:{server.port}", KEY, ssl_cert=authority)
+    assert "its certificate is for another host" in one_line(refused)
 
 
 def test_plain_http_where_tls_was_meant_and_the_other_way_round(proxy, elasticsearch_url, tmp_path):
@@ -435,6 +449,37 @@ def test_patience_ends_and_what_is_left_is_counted(proxy, client, index, short_p
     proxy.fault = lambda _request: None
     lacking = missing(there, index, [document(dim) for dim in range(3)])
     assert submit(there, index, [doc["dim"] for doc in lacking]).sent == 3
+
+
+def test_what_nobody_could_look_at_again_counts_as_unsent(proxy, client, index, short_pauses):
+    """The server took everything, then fell silent: it may have forgotten."""
+    ensure_index(client, index, ORIGIN)
+    there = connect(proxy.address, KEY)
+    proxy.fault = lambda r: refusal(503, "down") if r.path.endswith("_mget") else None
+    writer = submit(there, index, range(3), patience_s=0.2)
+    assert (writer.sent, writer.unsent) == (0, 3)
+    assert "503, down" in writer.trouble
+
+
+def test_patience_counts_from_the_last_success(proxy, client, index, short_pauses):
+    """Each bulk takes one document and has no room for the others: slow, but never without success."""
+    ensure_index(client, index, ORIGIN)
+    there = connect(proxy.address, KEY)
+
+    def one_at_a_time(request):
+        if not request.path.endswith("_bulk"):
+            return None
+        time.sleep(0.3)
+        answer = json.loads(proxy._pass_on(request).data)
+        for item in answer["items"][1:]:
+            client.delete(index=index, id=item["index"]["_id"])
+            item["index"] |= {"status": 429, "error": {"reason": "full"}}
+        product = {"X-Elastic-Product": "Elasticsearch"}
+        return Response(json.dumps(answer), 200, product, content_type="application/json")
+
+    proxy.fault = one_at_a_time
+    writer = submit(there, index, range(5), patience_s=1)
+    assert (writer.sent, writer.unsent) == (5, 0)
 
 
 def test_a_revoked_key_is_not_waited_for(proxy, client, index, capfd):
