@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import subprocess
+import sys
 import threading
 import time
 import urllib.parse
 import urllib.request
 
 import pytest
-from conftest import assert_refused, run_script
+from conftest import ROOT, assert_refused, run_script
 from hypothesis import given
 from hypothesis import strategies as st
 from servers import KEY, NoidaServer, Proxy, api_key, certificates, dropped, first, free_port, refusal, slow
@@ -203,7 +205,7 @@ def test_a_short_hiccup_at_the_start_is_no_error(proxy):
         ("127.0.0.1", False, False, "its certificate is from another authority"),
     ],
 )
-def test_certificates(elasticsearch_url, tmp_path, capfd, host, expired, same_authority, words):
+def test_certificates(elasticsearch_url, tmp_path, host, expired, same_authority, words):
     context, authority = certificates(tmp_path, host, expired)
     if not same_authority:
         authority = certificates(tmp_path, "other")[1]
@@ -217,12 +219,17 @@ def test_certificates(elasticsearch_url, tmp_path, capfd, host, expired, same_au
         # Without --ssl_cert the system's authorities decide, and they know none of ours.
         with pytest.raises(InputError, match=r"another authority|expired|another host"):
             connect(f"https://{server.address}", KEY)
-        capfd.readouterr()
+
+
+def test_insecure_warns_in_one_line_on_every_start(elasticsearch_url, tmp_path):
+    context, _authority = certificates(tmp_path, "es.example.org", expired=True)
+    program = "import sys; from sae.elastic import connect; connect(*sys.argv[1:], insecure=True).info()"
+    with Proxy(elasticsearch_url, tls=context) as server:
+        command = [sys.executable, "-c", program, f"https://{server.address}", KEY]
         for _start in range(2):
-            connect(f"https://{server.address}", KEY, insecure=True).info()
-            said = capfd.readouterr().err.strip()
-            assert said.startswith("warning: --insecure")
-            assert "\n" not in said
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            assert done.stderr.startswith("warning: --insecure: the certificate of https://127.0.0.1")
+            assert done.stderr.count("\n") == 1
 
 
 def test_the_systems_authorities_are_trusted(elasticsearch_url, tmp_path, monkeypatch):
