@@ -186,14 +186,14 @@ def ensure_index(client, index, origin):
 
     origin: the autoencoder's fingerprint. InputError names both sides, or says what the key lacks.
     """
-    try:
-        asked = client.security.has_privileges(index=[{"names": [index], "privileges": PRIVILEGES}])
-    except ApiError:  # a server without security has no such question; any other trouble comes up below
-        asked = {"index": {}}
-    lacking = [name for name, has in asked["index"].get(index, {}).items() if not has]
-    if lacking:
-        raise InputError(f"the API key lacks {', '.join(lacking)} on the index {index}")
     with _in_one_line(client):
+        try:
+            asked = client.security.has_privileges(index=[{"names": [index], "privileges": PRIVILEGES}])
+        except ApiError:  # a server without security has no such question; any other trouble comes up below
+            asked = {"index": {}}
+        lacking = [name for name, has in asked["index"].get(index, {}).items() if not has]
+        if lacking:
+            raise InputError(f"the API key lacks {', '.join(lacking)} on the index {index}")
         _same_index(client, index, origin)
 
 

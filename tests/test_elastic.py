@@ -357,6 +357,17 @@ def test_what_the_key_lacks_on_the_index_is_said(proxy, index):
         ensure_index(connect(proxy.address, KEY), index, ORIGIN)
 
 
+@pytest.mark.parametrize("path", ["_has_privileges", "_mapping"])
+def test_a_connection_that_drops_while_the_index_is_made_ready(proxy, index, path):
+    there = connect(proxy.address, KEY)
+    proxy.fault = lambda request: dropped(request) if request.path.endswith(path) else None
+    with pytest.raises(InputError, match="does not answer"):
+        ensure_index(there, index, ORIGIN)
+    with pytest.raises(InputError, match="does not answer"):
+        proxy.fault = dropped
+        missing(there, index, [document(1)])
+
+
 # The writer
 
 
