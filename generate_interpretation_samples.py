@@ -1,0 +1,128 @@
+"""Choose, for every feature in a frequency band, the contexts that show what it does.
+
+    python generate_interpretation_samples.py 100000 --autoencoder_path trained_autoencoders/100000.pt
+
+One pass over num_samples contexts, drawn from the dataset, finds how often every feature fires and its best
+contexts; a second look reads the activations in those alone. Hookpoint, normalisation, skipped positions and
+tokens per context are those the checkpoint was trained with.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from sae import cli
+
+
+def parse_args():
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    count, positive, below_zero = cli.whole_number(0), cli.whole_number(1), cli.number(below=0)
+    add("num_samples", type=positive, help="contexts to look at, drawn from the dataset")
+    add(
+        "--dataset_path", default="./tokenized_dataset", help="dataset the checkpoint was trained on (folder)"
+    )
+    add("--autoencoder_path", default="./autoencoder.pt", help="checkpoint of the autoencoder")
+    add("--save_path", default="./interpretation_samples.pt", help="file to write")
+    add("--target_model_name", help="LLM: hub name, folder or .gguf file; default: the checkpoint's")
+    add("--target_model_device", help="default: cuda:0, or cpu where there is no GPU")
+    add(
+        "--autoencoder_device", help="default: cuda:1, cuda:0 where there is one GPU, cpu where there is none"
+    )
+    add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")
+    add("--log_freq_lower", type=below_zero, default=-2.0, help="keep features of a higher log10 frequency")
+    add("--num_top", type=positive, default=24, help="contexts per feature: those it fires on most")
+    add("--num_spread", type=positive, default=12, help="contexts per feature: one per bin of its range")
+    add("--num_random", type=positive, default=16, help="contexts per feature: whatever it does there")
+    add("--batch_size", type=positive, default=16, help="contexts in a forward pass of the LLM")
+    add("--seed", type=count, default=0, help="of the contexts looked at and of the draws among them")
+    add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
+    plot = argparse.BooleanOptionalAction
+    add("--save_plot", action=plot, default=True, help="histogram of frequencies (.png) beside the samples")
+    return parser, parser.parse_args()
+
+
+def open_inputs(args):
+    """Checkpoint, dataset, its info, the LLM's name and device; refuses all it can before loading the LLM."""
+    from sae import InputError, artifacts, autoencoder, models, tokens
+
+    if args.log_freq_upper <= args.log_freq_lower:
+        came = f"{args.log_freq_upper:g} and {args.log_freq_lower:g}"
+        raise InputError(f"--log_freq_upper above --log_freq_lower needed, got {came}")
+    if Path(args.save_path).is_dir() or Path(args.save_path).suffix == ".png":
+        raise InputError(f"--save_path needs a file (.pt), got {args.save_path}")
+    llm_device, device = cli.default_devices()
+    llm_device = cli.check_device("--target_model_device", args.target_model_device or llm_device)
+    device = cli.check_device("--autoencoder_device", args.autoencoder_device or device)
+    dataset, info = tokens.open_dataset(args.dataset_path)
+    if args.num_samples > len(dataset):
+        most = f"{len(dataset)}, the contexts of {args.dataset_path},"
+        raise InputError(f"num_samples of at most {most} needed, got {args.num_samples}")
+    checkpoint = autoencoder.load_checkpoint(args.autoencoder_path, device)
+    origin, what = checkpoint.config.get("dataset_fingerprint"), f"the autoencoder {args.autoencoder_path}"
+    artifacts.check_origin(what, origin, info["fingerprint"], args.dataset_path)
+    name = models.check_target(checkpoint.config, args.target_model_name)
+    models.check_vocabulary(models.skeleton(name).config, info)
+    return checkpoint, dataset, info, name, llm_device
+
+
+def main(args, stopping):
+    import torch
+    from tqdm import tqdm
+
+    from sae import samples, sampling
+    from sae.plots import frequency_histogram
+
+    started = time.monotonic()
+    run = sampling.prepare(**vars(args))
+    rng, band = torch.Generator().manual_seed(args.seed), (args.log_freq_lower, args.log_freq_upper)
+    rows_N, documents_N = run.rows(args.num_samples, rng)
+    survey = samples.Survey(run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, rng)
+
+    def look(rows, what):
+        with tqdm(total=len(rows), desc=what, unit="context") as bar:
+            for f_BTF in run.look(rows):
+                yield f_BTF
+                if bar.update(len(f_BTF)):
+                    inside = samples.between(survey.log10_frequency(), *band).sum()
+                    bar.set_postfix_str(f"{inside} features in the band", refresh=False)
+                if stopping():
+                    raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
+
+    begun = time.monotonic()
+    for f_BTF in look(rows_N, "one pass"):
+        survey.add(f_BTF)
+    rate, frequency = args.num_samples / (time.monotonic() - begun), survey.log10_frequency()
+    features = samples.in_band(frequency, *band)
+    contexts_FK, kind_FK, max_F = survey.choose(features, args.num_random)
+    kept = contexts_FK[contexts_FK >= 0].unique()
+    pieces = look(rows_N[kept], "second look")
+    values_FKT = samples.read_activations(pieces, contexts_FK, features, run.context_tokens)
+    rows_FK = rows_N[contexts_FK].where(contexts_FK >= 0, -1)
+    samples.save_samples(
+        args.save_path,
+        samples.Samples(
+            run.config(**vars(args)), run.info["fingerprint"], run.checkpoint.fingerprint, survey.tokens,
+            frequency, features, max_F, rows_FK, values_FKT, kind_FK,
+        ),
+    )  # fmt: skip
+    if args.save_plot:
+        title = f"{args.num_samples} contexts, {survey.tokens} tokens"
+        frequency_histogram(Path(args.save_path).with_suffix(".png"), frequency, title, band)
+    dead = frequency.isneginf().sum()
+    print(
+        f"{len(features)} features in the band, {(frequency <= band[0]).sum() - dead} too rare, "
+        f"{(frequency >= band[1]).sum()} too frequent, {dead} dead; written to {args.save_path}, "
+        f"{len(kept)} contexts looked at twice; {time.monotonic() - started:.1f} s, {rate:.1f} contexts/s"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    PARSER, ARGS = parse_args()
+    with PARSER.friendly_errors(), cli.stop_requested() as STOPPING:
+        try:
+            sys.exit(main(ARGS, STOPPING))
+        except KeyboardInterrupt as stop:
+            PARSER.exit(130, f"stopped, {stop}; nothing was written, the same command starts again\n")
