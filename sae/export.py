@@ -50,13 +50,12 @@ def sae_lens_config(config):
     }
 
 
-def checkpoint_metrics(checkpoint_path, batch):
-    """The checkpoint's own line of the metrics.jsonl beside it; {} where there is none."""
-    path = Path(checkpoint_path).parent / "metrics.jsonl"
-    if not path.is_file():
+def read_metrics(path, batch):
+    """The line of metrics.jsonl that a run wrote with its checkpoint at `batch`; {} where there is none."""
+    if not Path(path).is_file():
         return {}
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
             event = json.loads(line)
         except ValueError as err:
@@ -127,7 +126,11 @@ def export(checkpoint_path, out, format, model_name=None):
     checkpoint = load_checkpoint(checkpoint_path)
     config = checkpoint.config | ({"model_name": model_name} if model_name else {})
     weights = {name: value.contiguous() for name, value in checkpoint.autoencoder.state_dict().items()}
-    card = model_card(config, checkpoint_metrics(checkpoint_path, config.get("trained_batches")), format)
+    card = model_card(
+        config,
+        read_metrics(Path(checkpoint_path).parent / "metrics.jsonl", config.get("trained_batches")),
+        format,
+    )
 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
