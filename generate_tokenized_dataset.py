@@ -100,7 +100,8 @@ def generate(save_path, **flags):
         skipped = "".join(f", {n} skipped ({reason})" for reason, n in info["documents_skipped"].items())
         print(
             f"wrote {rows} contexts of {plan['min_tokens']} tokens in {plan['num_files']} files to "
-            f"{save_path} in {seconds:.1f} s ({(rows - there) * plan['min_tokens'] / seconds:,.0f} tokens/s); "
+            f"{save_path} in {seconds:.1f} s "
+            f"({(rows - there) * plan['min_tokens'] / seconds:,.0f} tokens/s); "
             f"{info['documents']} documents, {info['documents_long_enough']} long enough{skipped}"
         )
 

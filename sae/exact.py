@@ -1,7 +1,7 @@
 """Token ids of documents from as little text as is needed, equal to those of tokenising them whole.
 
 A document is tokenised in pieces that end at *safe cuts*: between an ASCII letter and one white-space
-character across which nothing in the tokenizer's pipeline can see. `safe_cuts` proves which white space that is:
+character across which nothing in the tokenizer's pipeline can see. `safe_cuts` proves where that holds:
 
 - added tokens, normalizer: each step must treat both sides of the cut apart;
 - pre-tokenizer: each step must do so too. A regular expression without look-around (but `(?!\\S)`) qualifies

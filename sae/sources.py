@@ -1,6 +1,10 @@
 """Documents from a folder or file, from web addresses or from the hub, shared out among processes."""
 
 import random
+import sys
+import urllib.error
+import urllib.request
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +23,8 @@ PACKINGS = {".gz", ".zst", ".bz2", ".xz"}
 NEVER_SOURCE = {"parquet", "arrow", "jsonl", "ndjson"}
 BESIDE_DATA = {"readme.md", "license", "license.md", "license.txt", "dataset_infos.json"}
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
+STALL_S = 60
 
 
 class Skipped(NamedTuple):
@@ -60,19 +65,31 @@ class Files:
 class Rows:
     """A streamed `datasets` dataset; its shards are its data files."""
 
-    def __init__(self, stream, text_field):
+    def __init__(self, stream, text_field, name):
         self.stream = stream
         self.text_field = text_field
+        self.name = name
+        self.remote = "://" in name or not Path(name).exists()
         self.num_shards = stream.num_shards
 
     def read(self, shard):
-        rows = self.stream.shard(num_shards=self.num_shards, index=shard)
-        for row in rows:
-            text = row[self.text_field]
-            if not isinstance(text, str):
-                yield Skipped("no text")
-            else:
-                yield text if _is_unicode(text) else Skipped("not Unicode")
+        import datasets
+
+        try:
+            for row in self.stream.shard(num_shards=self.num_shards, index=shard):
+                text = row[self.text_field]
+                if not isinstance(text, str):
+                    text = Skipped("no text")
+                elif not _is_unicode(text):
+                    text = Skipped("not Unicode")
+                yield text
+        except KeyError as err:
+            raise InputError(f"a column {err} needed in all of {self.name}, a row lacks it") from err
+        except (
+            ValueError,
+            datasets.exceptions.DatasetsError,
+        ) as err:  # what pyarrow and datasets raise for broken data
+            raise InputError(f"readable data files needed in {self.name}: {err}") from err
 
 
 def _is_unicode(text):
@@ -149,35 +166,93 @@ def _spread(address):
 def _open_rows(arguments, name, options):
     import datasets
 
-    stream = datasets.load_dataset(name, split=arguments.split, streaming=True, **options)
-    return Rows(stream, arguments.text_field or _find_text_field(arguments, stream))
+    # A broken connection is mended block by block here at first, and shard by shard in `_persistent`.
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 4
+    datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
+    if "://" in arguments.dataset_name:
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(sock_connect=STALL_S, sock_read=STALL_S)
+        options["storage_options"] = {"client_kwargs": {"timeout": timeout}}
+    try:
+        stream = datasets.load_dataset(name, split=arguments.split, streaming=True, **options)
+        field = _text_field(arguments, stream)
+    except datasets.exceptions.DatasetNotFoundError as err:
+        login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones"
+        raise InputError(f"a dataset needed, got {name!r}: {err}{login}") from err
+    except FileNotFoundError as err:
+        raise _refusal(arguments.dataset_name, err) from err
+    except (ValueError, datasets.exceptions.DatasetsError) as err:
+        raise InputError(f"a dataset that opens needed, got {arguments.dataset_name!r}: {err}") from err
+    return Rows(stream, field, arguments.dataset_name)
 
 
-def _find_text_field(arguments, stream):
+def _refusal(address, err):
+    """An unfindable web address as the error it is: fsspec calls a busy server (503) a missing file, too."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(_spread(address)[0], method="HEAD"), timeout=STALL_S)
+    except urllib.error.HTTPError as answer:
+        if 400 <= answer.code < 500 and answer.code not in (408, 429):
+            return InputError(f"data files needed at {address}, the server answers {answer.code}")
+    except (OSError, ValueError):
+        pass
+    return ConnectionError(str(err))
+
+
+def open_patiently(arguments, pause, pauses=PAUSES):
+    """`open_source`, tried again after a network error."""
+    if "://" not in arguments.dataset_name and Path(arguments.dataset_name).exists():
+        return open_source(arguments)
+    return next(_persistent(lambda: iter([open_source(arguments)]), 0, pause, pauses))
+
+
+def _text_field(arguments, stream):
     row = next(iter(stream), None)
     if row is None:
         raise InputError(f"documents needed in {arguments.dataset_name}, it holds none")
     texts = [key for key, value in row.items() if isinstance(value, str)]
-    for field in TEXT_FIELDS:
-        if field in texts:
-            return field
-    if len(texts) == 1:
-        return texts[0]
-    raise InputError(f"--text_field needed for {arguments.dataset_name}; its columns are {', '.join(row)}")
+    found = [field for field in TEXT_FIELDS if field in texts] or (texts if len(texts) == 1 else [])
+    if arguments.text_field in row or (arguments.text_field is None and found):
+        return arguments.text_field or found[0]
+    came = f"{arguments.text_field!r} is none of them" if arguments.text_field else "none looks like text"
+    raise InputError(f"--text_field needed, a column of {', '.join(row)}: {came}")
 
 
-def read_documents(source, seed, process, processes, position):
+def _persistent(read, index, pause, pauses=PAUSES):
+    """The documents of `read()` from `index` on; after a network error they are read again from there."""
+    import aiohttp
+    import httpx2
+
+    failures = 0
+    while True:
+        try:
+            for text in islice(read(), index, None):
+                index, failures = index + 1, 0
+                yield text
+            return
+        except (OSError, EOFError, aiohttp.ClientError, httpx2.HTTPError) as err:
+            if failures == len(pauses):
+                raise ConnectionError(f"the network failed {failures + 1} times in a row: {err}") from err
+            said = f"network error ({type(err).__name__}: {err}), trying again in {pauses[failures]} s"
+            print(f"\n{said}", file=sys.stderr, flush=True)
+            pause(pauses[failures])
+            failures += 1
+
+
+def read_documents(source, seed, process, processes, pause, position):
     """The documents that `process` of `processes` reads, from `position` ([0, 0, 0]: the beginning) on.
 
     Yields (position after it, text or Skipped). Shards are shuffled by `seed` and dealt out; where there are
-    fewer shards than processes, the documents themselves are dealt out.
+    fewer shards than processes, the documents themselves are dealt out. `pause(seconds)` waits for a network.
     """
     turn, index, count = position
     shards = random.Random(seed).sample(range(source.num_shards), source.num_shards)
     deal = source.num_shards < processes
     shards = shards if deal else shards[process::processes]
     while turn < len(shards):
-        for text in islice(source.read(shards[turn]), index, None):
+        read = partial(source.read, shards[turn])
+        remote = isinstance(source, Rows) and source.remote
+        for text in _persistent(read, index, pause) if remote else islice(read(), index, None):
             index, count = index + 1, count + 1
             if not deal or (count - 1) % processes == process:
                 yield [turn, index, count], text

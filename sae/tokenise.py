@@ -58,10 +58,11 @@ def _batches(documents, most, most_chars=1 << 22):
         yield batch
 
 
-def run_worker(folder, plan, process, report, stopping):
+def run_worker(folder, plan, process, report, stopping, pause):
     """Write one worker's files; True when they are full, False when the documents ended first.
 
     `report(counts)` is called now and then. Raises Stopped, with everything saved, once `stopping()`.
+    `pause(seconds)` waits for a network.
     """
     from sae.exact import ExactTokenizer
 
@@ -72,10 +73,11 @@ def run_worker(folder, plan, process, report, stopping):
     readers = [
         partial(
             sources.read_documents,
-            sources.open_source(arguments),
+            sources.open_patiently(arguments, pause),
             plan["seed"],
             process,
             plan["num_processes"],
+            pause,
         )
         for arguments in source_arguments(plan)
     ]
@@ -122,12 +124,16 @@ def _worker_main(folder, plan, process, parent, connection, stop):
     def report(counts):
         connection.send(("counts", counts))
 
+    def pause(seconds):
+        if stop.wait(seconds):
+            raise Stopped
+
     def stopping():
         return stop.is_set() or os.getppid() != parent
 
     try:
         with lock(folder / f"worker-{process:05d}.lock", wait_s=30):
-            full = run_worker(folder, plan, process, report, stopping)
+            full = run_worker(folder, plan, process, report, stopping, pause)
         connection.send(("done" if full else "short", None))
     except Stopped:
         connection.send(("stopped", None))
@@ -157,7 +163,10 @@ def lock(path, wait_s=0.0):
 def make_plan(flags, tokenizer_json):
     """The flags with what they stand for: all that decides about the bytes. Opens the sources once."""
     plan = flags | {"tokenizer_fingerprint": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:16]}
-    opened = [sources.open_source(arguments) for arguments in source_arguments(plan)]
+    arguments = source_arguments(plan)
+    # The hub's client tries several times by itself.
+    pauses = sources.PAUSES[:3] if "://" in plan["dataset_name"] else ()
+    opened = [sources.open_patiently(each, time.sleep, pauses) for each in arguments]
     plan["text_field"] = next((s.text_field for s in opened if isinstance(s, sources.Rows)), None)
     plan["shards"] = [source.num_shards for source in opened]
     return plan
