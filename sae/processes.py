@@ -1,0 +1,96 @@
+"""The processes that `deepspeed` started: who they are, what they tell each other, a model among them."""
+
+import os
+import time
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from sae import InputError, cli
+
+OTHERS_WAIT_S = 5
+
+
+class Processes(NamedTuple):
+    rank: int
+    count: int
+    device: str  # of this process
+
+    def everyone(self, value):
+        """The (small, picklable) values of all processes, in rank order. All have to call it."""
+        if self.count == 1:
+            return [value]
+        import torch.distributed as dist
+
+        values = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def first_decides(self):
+        """Within: checks of the first process (`if processes.rank == 0`). What it refuses, all refuse."""
+        trouble = None
+        try:
+            yield
+        except (InputError, OSError) as err:
+            trouble = err
+        said = self.everyone(None if trouble is None else str(trouble))[0]
+        if trouble is not None:
+            raise trouble
+        if said is not None:
+            raise InputError(said)
+
+
+def join(num_gpus):
+    """The Processes; raises InputError unless `deepspeed` started `num_gpus` of them."""
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(os.environ):
+        raise InputError(
+            f"a start with deepspeed needed: deepspeed --num_gpus {num_gpus} "
+            f"interpret_autoencoder_deepspeed.py ... --num_gpus {num_gpus}, got one with python alone"
+        )
+    rank, count, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if num_gpus != count:
+        raise InputError(f"--num_gpus {count} needed, as many as deepspeed started, got {num_gpus}")
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and local >= gpus:
+        raise InputError(f"a GPU for each process needed, got {gpus} GPUs and a process number {local}")
+    if gpus:
+        torch.cuda.set_device(local)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    if count > 1:
+        # gloo beside nccl: what the processes tell each other goes over the CPU, no GPU waits for it.
+        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+    return Processes(rank, count, f"cuda:{local}" if gpus else "cpu")
+
+
+def load_model(processes, name, dtype, parallel):
+    """The LLM `name`: whole on this process's device ("data"), or this process's share of it ("tensor")."""
+    from sae import models
+
+    if processes.count == 1 or parallel == "data":
+        return models.load_model(name, processes.device, dtype)
+    import deepspeed
+
+    dtype = models.pick_dtype(dtype, processes.device)
+    engine = deepspeed.init_inference(
+        models.load_model(name, "cpu", dtype),
+        tensor_parallel={"tp_size": processes.count},
+        dtype=dtype,
+        replace_with_kernel_inject=False,
+    )
+    return engine.module
+
+
+class Parser(cli.Parser):
+    """A cli.Parser for every process at once: an error that all of them meet is printed by the first."""
+
+    def error(self, message):
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            # The launcher ends us when the first process has left; if it does not, the error is ours alone.
+            time.sleep(OTHERS_WAIT_S)
+            message = f"process {rank}: {message}"
+        super().error(message)

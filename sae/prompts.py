@@ -1,0 +1,164 @@
+"""Prompts as pure text: what the interpreter reads, and what is taken from its replies.
+
+After Bills et al. 2023, "Language models can explain neurons in language models".
+"""
+
+import re
+
+EXPLAIN_TOP, SIMULATE_TOP = 10, 9
+NEUTRAL = "nothing in particular"
+SPACE = "·"
+NAMED = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", " ": SPACE, SPACE: "\\" + SPACE}
+
+MARKS = f"In the tokens {SPACE} stands for a space, \\n for a new line and \\t for a tab."
+EXPLAIN = (
+    "You study features of a language model that reads source code. Each line holds one token and, after a "
+    f"tab, how strongly the feature fires on it, from 0 to {EXPLAIN_TOP}. {MARKS} "
+    "Say in one short sentence what the feature fires on."
+)
+SIMULATE = (
+    "You study features of a language model that reads source code. Given what a feature fires on, write for "
+    f"each token, after a tab, how strongly the feature fires on it, from 0 to {SIMULATE_TOP}. {MARKS}"
+)
+REPLY = "The feature fires on"
+
+# Features made up for the few-shot part: what they fire on, and (text, strength) of each token.
+SHOTS = (
+    (
+        "the keyword import and the word from before it",
+        "from:8|·os:0|·import:9|·path:0|\\n:0|import:9|·re:0|\\n:0|def:0|·read:0|(:0|name:0|)::0|\\n:0",
+    ),
+    (
+        "closing parentheses and brackets",
+        "x:0|·=:0|·f:0|(:0|a:0|[:0|1:0|]:7|):9|\\n:0|print:0|(:0|x:0|):9|\\n:0|return:0|·x:0|\\n:0",
+    ),
+    (
+        "words about files and folders",
+        "···:0|·with:0|·open:5|(:0|file:9|name:3|):0|·as:0|·handle:4|:::0|\\n:0|···:0|·folder:9|·=:0|·1:0",
+    ),
+)  # fmt: skip
+
+
+def token_texts(tokenizer, ids):
+    """What each token id stands for in a text, white space included: list of str.
+
+    SentencePiece marks spaces with ▁ and writes bytes as <0x0A>; byte-level tokens decode to themselves. Part
+    of a character has no text of its own and keeps the tokenizer's name for it.
+    """
+    texts = []
+    for id, name in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
+        byte = re.fullmatch(r"<0x([0-9A-F]{2})>", name)
+        if byte and int(byte[1], 16) < 128:
+            texts.append(chr(int(byte[1], 16)))
+        elif name.startswith("▁"):
+            texts.append(name.replace("▁", " "))
+        else:
+            text = tokenizer.decode([id], clean_up_tokenization_spaces=False)
+            texts.append(name if "�" in text or not text else text)
+    return texts
+
+
+def visible(text):
+    """A token's text with its white space shown: on one line, without tabs, and no two texts alike."""
+    return "".join(NAMED.get(char) or (char if char.isprintable() else f"\\x{ord(char):x};") for char in text)
+
+
+def typed(text):
+    """A token's text as people type it into a search: no white space around it; that alone is spelt out."""
+    if text.strip():
+        return text.strip()
+    return "\\n" if "\n" in text or "\r" in text else "\\t" if "\t" in text else "space"
+
+
+def scaled(activations, maximum, top):
+    """Activations (floats >= 0) as whole numbers up to `top`, which `maximum` becomes; what fires is >= 1."""
+    return [min(top, max(1, round(top * a / maximum))) if a > 0 else 0 for a in activations]
+
+
+def lines(tokens, numbers):
+    """One `token<tab>number` line per token (`tokens` as `visible` shows them)."""
+    return "".join(f"{token}\t{number}\n" for token, number in zip(tokens, numbers, strict=True))
+
+
+def explain_question(contexts):
+    """The user's turn: contexts as (visible tokens, whole numbers); what fires again where that is little."""
+    parts = [f"<start>\n{lines(*context)}<end>\n" for context in contexts]
+    numbers = [number for _, context in contexts for number in context]
+    if sum(number > 0 for number in numbers) * 5 < len(numbers):
+        again = [[pair for pair in zip(*context, strict=True) if pair[1]] for context in contexts]
+        parts.append("Where it fires:\n<start>\n" + "".join(lines(*zip(*c, strict=True)) for c in again if c))
+        parts.append("<end>\n")
+    return "".join(parts)
+
+
+def explain_messages(question):
+    """Chat messages (system, few-shot, the question) that ask for an explanation."""
+    messages = [{"role": "system", "content": EXPLAIN}]
+    for explanation, shot in SHOTS:
+        messages.append({"role": "user", "content": explain_question([_shot(shot, EXPLAIN_TOP)])})
+        messages.append({"role": "assistant", "content": f"{REPLY} {explanation}."})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def simulate_messages(explanation):
+    """Chat messages that ask for the activations of a feature that fires on what `explanation` says."""
+    messages = [{"role": "system", "content": SIMULATE}]
+    for shot_explanation, shot in SHOTS:
+        messages.append({"role": "user", "content": f"{REPLY}:\n{shot_explanation}"})
+        messages.append({"role": "assistant", "content": lines(*_shot(shot, SIMULATE_TOP)).rstrip("\n")})
+    return [*messages, {"role": "user", "content": f"{REPLY}:\n{explanation}"}]
+
+
+def _shot(shot, top):
+    tokens, numbers = zip(*(pair.rsplit(":", 1) for pair in shot.split("|")), strict=True)
+    return tokens, [round(int(number) * top / SIMULATE_TOP) for number in numbers]
+
+
+def chat(tokenizer, messages):
+    """The messages as the text that the model continues, in its chat format (Llama 2's where it has none).
+
+    A template that knows no system role gets that text at the head of the first user turn.
+    """
+    system, first, *rest = messages
+    merged = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    if tokenizer.chat_template is None:
+        return llama_chat(messages, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    from jinja2.exceptions import TemplateError
+
+    options = {"tokenize": False, "add_generation_prompt": True}
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError:
+        return tokenizer.apply_chat_template(merged, **options)
+
+
+def llama_chat(messages, bos="<s>", eos="</s>"):
+    """The `[INST] <<SYS>>` form of Llama 2 and CodeLlama: system, then user and assistant in turn."""
+    system, *turns = messages
+    text = ""
+    for number, turn in enumerate(turns):
+        content = turn["content"].strip()
+        if number == 0:
+            content = f"<<SYS>>\n{system['content'].strip()}\n<</SYS>>\n\n{content}"
+        text += f"{bos}[INST] {content} [/INST]" if turn["role"] == "user" else f" {content} {eos}"
+    return text
+
+
+def split_chat(tokenizer, messages_about):
+    """The text before and after what `messages_about(what)` puts last: (same for every `what`, the rest)."""
+    mark = "\x00what\x00"
+    head, found, tail = chat(tokenizer, messages_about(mark)).rpartition(mark)
+    assert found, "the chat template dropped the question"
+    return head, tail
+
+
+def sentence(reply):
+    """The first sentence of a reply without its full stop, and whether the reply reached its end."""
+    end = re.search(r"(?<!e\.g)(?<!i\.e)[.!?]+[\"'`)]*\s|\n", reply.lstrip())
+    text = reply.lstrip()[: end.start()] if end else reply
+    return text.strip().rstrip(".").strip(), end is not None
+
+
+def marked(texts, active):
+    """A context as plain text, the tokens where `active` is true between « and »."""
+    return "".join(f"«{text}»" if fires else text for text, fires in zip(texts, active, strict=True))
