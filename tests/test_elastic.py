@@ -277,6 +277,7 @@ def test_index_name_of_the_contract(tmp_path):
     for folder in (tmp_path / "My Model", "/somewhere/else/My Model", "./My Model", "a/b/My Model/"):
         assert index_name(CONFIG | {"model_name": str(folder)}) == f"my-model_{tail}"
     assert index_name(CONFIG | {"model_name": "_+-X"}) == f"x_{tail}"
+    assert index_name(CONFIG | {"model_name": "ü" * 300}) == "ü" * ((255 - len(tail) - 1) // 2) + f"_{tail}"
 
 
 @given(st.text(min_size=1), st.floats(1e-9, 1e9))
@@ -317,6 +318,9 @@ def test_documents_are_found_by_tokens_and_by_interpretation(client, index, elas
     there = client.indices.get_mapping(index=index)[index]["mappings"]
     assert there["properties"] == MAPPING["properties"]
     assert there["_meta"] == {"autoencoder_fingerprint": ORIGIN}
+    # noida-db looks into every field all the same; ElasticSearch does as this says.
+    settings = client.indices.get_settings(index=index)[index]["settings"]["index"]
+    assert settings["query"]["default_field"] == ["tokens", "interpretation"]
 
 
 def test_an_index_with_another_mapping_is_refused_and_both_are_named(client, index):
