@@ -13,13 +13,18 @@ STOPPED = 130  # exit status after Ctrl-C or SIGTERM: a wrapper must not go on t
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with the default in every help text, exact flag names, and errors of one line (status 2)."""
 
     def __init__(self, description):
         super().__init__(
             description=description,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
             allow_abbrev=False,
         )
 
@@ -104,8 +109,10 @@ def device_pair(llm, autoencoder):
 
 
 @contextmanager
-def stop_requested():
+def stop_requested(forwarded=False):
     """Yields a function that says whether Ctrl-C or SIGTERM came; a second signal ends the process at once.
+
+    `forwarded`: a launcher passes signals on, one Ctrl-C comes several times; only SIGKILL ends it at once.
 
     with stop_requested() as stopping:
         for step in steps:
@@ -116,8 +123,10 @@ def stop_requested():
 
     def note(signum, _frame):
         received.append(signum)
+        if forwarded and len(received) > 1:
+            return
         print(f"\n{signal.Signals(signum).name}: finishing the current step", file=sys.stderr, flush=True)
-        for sig in STOP_SIGNALS:
+        for sig in STOP_SIGNALS if not forwarded else ():
             signal.signal(sig, signal.SIG_DFL)
 
     before = {sig: signal.signal(sig, note) for sig in STOP_SIGNALS}

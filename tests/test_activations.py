@@ -1,0 +1,133 @@
+import itertools
+
+import pytest
+import torch
+
+from sae import InputError
+from sae.activations import (
+    activation_rows,
+    activation_width,
+    activations_at,
+    find_hookpoint,
+    on_output,
+    prefetch,
+)
+from sae.models import load_model, skeleton
+
+TEMPLATES = {
+    "mlp_activations": "model.layers.{}.mlp.act_fn",
+    "mlp_sublayer": "model.layers.{}.mlp",
+    "attn_sublayer": "model.layers.{}.self_attn",
+}
+
+
+@pytest.mark.parametrize("layer_type", TEMPLATES)
+def test_activations_are_the_modules_output_on_the_real_model(smollm2, stdlib_contexts, layer_type):
+    """The independent check: plain transformers, a plain hook, the whole forward pass."""
+    from transformers import AutoModelForCausalLM
+
+    ids_BT = torch.tensor(stdlib_contexts[0][:3])
+    plain = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    seen = {}
+    layer = plain.model.layers[10]
+    hooked = {
+        "mlp_activations": layer.mlp.act_fn,
+        "mlp_sublayer": layer.mlp,
+        "attn_sublayer": layer.self_attn,
+    }
+    hooked[layer_type].register_forward_hook(lambda _mod, _in, out: seen.update(out=out))
+    with torch.no_grad():
+        plain(ids_BT)
+    want_BTD = seen["out"][0] if isinstance(seen["out"], tuple) else seen["out"]
+
+    model = load_model(smollm2, "cpu", "float32")
+    module, _ = find_hookpoint(model, TEMPLATES[layer_type], 10)
+    assert torch.equal(activations_at(model, module, ids_BT), want_BTD)
+    assert activation_width(model, module) == want_BTD.shape[-1]
+
+
+def test_the_pass_stops_at_the_hookpoint(tiny_llama):
+    model = load_model(tiny_llama, "cpu", "float32")
+    module, _ = find_hookpoint(model, TEMPLATES["mlp_sublayer"], 1)
+    ran = []
+    for number, layer in enumerate(model.model.layers):
+        layer.register_forward_pre_hook(lambda _mod, _in, number=number: ran.append(number))
+    activations_at(model, module, torch.zeros(1, 4, dtype=torch.long))
+    assert ran == [0, 1]
+    assert not module._forward_hooks  # hooks always leave
+
+
+def test_width_is_read_off_a_model_without_weights(tiny_llama):
+    bones = skeleton(tiny_llama)
+    widths = [activation_width(bones, find_hookpoint(bones, name, 2)[0]) for name in TEMPLATES.values()]
+    assert widths == [48, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("config", "template", "width"),
+    [
+        ("GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50)", "transformer.h.{}.mlp.act", 64),
+        ("GPTNeoXConfig(hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, "
+         "vocab_size=50)", "gpt_neox.layers.{}.attention", 16),
+        ("Qwen2Config(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, "
+         "num_key_value_heads=1, vocab_size=50)", "model.layers.{}.mlp.act_fn", 24),
+    ],
+)  # fmt: skip
+def test_any_causal_lm_works(config, template, width):
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(eval("transformers." + config)).eval()
+    module, name = find_hookpoint(model, template, 1)
+    assert activations_at(model, module, torch.zeros(2, 5, dtype=torch.long)).shape == (2, 5, width)
+    with torch.device("meta"):
+        bones = transformers.AutoModelForCausalLM.from_config(model.config, attn_implementation="eager")
+    assert activation_width(bones, dict(bones.named_modules())[name]) == width
+
+
+def test_layers_and_hookpoints_that_are_not_there(tiny_llama):
+    bones = skeleton(tiny_llama)
+    for layer in (-1, 3):
+        with pytest.raises(InputError, match=f"0 to 2.*got {layer}"):
+            find_hookpoint(bones, "model.layers.{}.mlp", layer)
+    with pytest.raises(InputError, match=r"closest: model\.layers\.1\.mlp"):
+        find_hookpoint(bones, "model.layers.{}.mpl", 1)
+
+
+def test_on_output_replaces_the_first_of_a_tuple(tiny_llama):
+    model = load_model(tiny_llama, "cpu", "float32")
+    ids_BT = torch.arange(8)[None]
+    plain = model(ids_BT).logits
+    for name in ("mlp_sublayer", "attn_sublayer"):
+        module, _ = find_hookpoint(model, TEMPLATES[name], 1)
+        with on_output(module, lambda first: None):
+            assert torch.equal(model(ids_BT).logits, plain)
+        with on_output(module, torch.zeros_like):
+            assert not torch.allclose(model(ids_BT).logits, plain)
+        assert torch.equal(model(ids_BT).logits, plain)
+
+
+def test_rows_leave_out_the_first_positions(tiny_llama):
+    model = load_model(tiny_llama, "cpu", "float32")
+    module, _ = find_hookpoint(model, TEMPLATES["mlp_sublayer"], 1)
+    ids_BT = torch.arange(12).view(2, 6)
+    acts_BTD = activations_at(model, module, ids_BT)
+    (rows_ND,) = activation_rows(model, module, [ids_BT], skip_positions=2)
+    assert torch.equal(rows_ND, torch.cat([acts_BTD[0, 2:], acts_BTD[1, 2:]]))
+
+
+def test_prefetch_keeps_order_raises_and_stops():
+    assert list(prefetch(iter(range(50)), depth=3)) == list(range(50))
+
+    def failing():
+        yield 1
+        raise InputError("from the thread")
+
+    stream = prefetch(failing())
+    assert next(stream) == 1
+    with pytest.raises(InputError, match="from the thread"):
+        next(stream)
+    made = []
+    endless = prefetch(made.append(n) or n for n in itertools.count())
+    assert next(endless) == 0
+    endless.close()
+    assert len(made) <= 5

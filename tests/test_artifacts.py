@@ -1,0 +1,68 @@
+import os
+import pickle
+
+import pytest
+import torch
+
+from sae import InputError
+from sae.artifacts import atomic_write, check_origin, fingerprint, load_pt, save_pt
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "artifact"
+    with atomic_write(path) as handle:
+        handle.write(b"old")
+    with pytest.raises(OSError, match="disk"), atomic_write(path) as handle:
+        handle.write(b"half of the new")
+        raise OSError("disk full")
+    assert path.read_bytes() == b"old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["artifact"]
+
+
+def test_nothing_under_the_final_name_before_the_end(tmp_path):
+    with atomic_write(tmp_path / "sub" / "artifact") as handle:
+        handle.write(b"x")
+        assert not (tmp_path / "sub" / "artifact").exists()
+    assert (tmp_path / "sub" / "artifact").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_same_content_same_bytes(tmp_path):
+    for name in ("one.pt", "two.pt"):
+        save_pt(tmp_path / name, {"a": torch.arange(5), "b": 1.5})
+    assert fingerprint(tmp_path / "one.pt") == fingerprint(tmp_path / "two.pt")
+    save_pt(tmp_path / "two.pt", {"a": torch.arange(6), "b": 1.5})
+    assert fingerprint(tmp_path / "one.pt") != fingerprint(tmp_path / "two.pt")
+
+
+def test_load_pt_refuses_what_is_no_artifact(tmp_path):
+    path = tmp_path / "x.pt"
+    with pytest.raises(InputError, match="no such file"):
+        load_pt(path, "a thing", ("a",))
+    path.write_bytes(pickle.dumps({"a": os.system}))
+    with pytest.raises(InputError, match="no torch file of plain tensors"):
+        load_pt(path, "a thing", ("a",))
+    torch.save({"a": torch.nn.Linear(2, 2)}, path)
+    with pytest.raises(InputError, match="no torch file of plain tensors"):
+        load_pt(path, "a thing", ("a",))
+    save_pt(path, {"a": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    with pytest.raises(InputError, match="truncated"):
+        load_pt(path, "a thing", ("a",))
+    save_pt(path, {"a": 1})
+    with pytest.raises(InputError, match="lacks b"):
+        load_pt(path, "a thing", ("a", "b"))
+    save_pt(path, [1, 2])
+    with pytest.raises(InputError, match="lacks a"):
+        load_pt(path, "a thing", ("a",))
+
+
+def test_check_origin_names_both():
+    check_origin("samples", "aa", "aa", "x.pt")
+    with pytest.raises(InputError, match=r"aa.*x\.pt.*bb"):
+        check_origin("samples", "aa", "bb", "x.pt")

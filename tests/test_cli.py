@@ -1,0 +1,74 @@
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_refused
+
+from sae import InputError, cli
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("12", 12)])
+def test_whole_number(text, value):
+    assert cli.whole_number(1)(text) == value
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "x", ""])
+def test_whole_number_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="needs a whole number"):
+        cli.whole_number(1)(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "0", "-1", "1", "x"])
+def test_number_refuses(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="needs a"):
+        cli.number(above=0, below=1)(text)
+
+
+def test_number():
+    assert cli.number(above=0, below=1)("0.5") == 0.5
+    assert cli.number(least=0)("0") == 0
+
+
+@pytest.mark.parametrize("name", ["cuda:97", "quantum", "mps:x"])
+def test_check_device_names_what_there_is(name):
+    with pytest.raises(InputError, match=f"--device needs a device of this machine .*cpu.*{name}"):
+        cli.check_device("--device", name)
+
+
+def test_errors_are_one_line_and_bugs_keep_their_traceback():
+    program = "from sae import InputError, cli\np = cli.Parser('x')\nwith p.friendly_errors():\n    raise {}"
+    for error in ("InputError('needed a\\nand came b')", "OSError('disk full')"):
+        assert_refused(_python(program.format(error)), "error:")
+    bug = _python(program.format("ValueError('a bug')"))
+    assert bug.returncode == 1
+    assert "Traceback" in bug.stderr
+
+
+def _python(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_stop_requested_notes_the_first_signal_and_restores_the_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    with cli.stop_requested() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        assert stopping()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_help_answers_at_once_and_names_every_default(script):
+    best = 9.0
+    for _ in range(3):
+        start = time.monotonic()
+        result = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+        best = min(best, time.monotonic() - start)
+    assert result.returncode == 0
+    assert "(default:" in result.stdout
+    assert best < 1.0

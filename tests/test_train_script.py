@@ -1,0 +1,234 @@
+"""The training script as a user starts it."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_refused, run_script, write_dataset
+
+SCRIPT = "train_autoencoder_from_tokens.py"
+
+
+def flags(dataset, model, save_path, **more):
+    values = {
+        "dataset_path": dataset, "model_name": model, "save_path": save_path, "num_batches": 140,
+        "batch_size_autoencoder": 128, "num_batches_preload": 30, "batches_between_ckpt": 50,
+        "neuron_resampling_method": "anthropic", "neuron_resampling_interval": 60, "learning_rate": 1e-3,
+        "batch_size_llm": 8,
+    } | more  # fmt: skip
+    words = [(f"--{name}", str(value)) for name, value in values.items()]
+    named = [word for pair in words for word in pair if word]
+    return ["1", "mlp_activations", *named]
+
+
+def train(*args, **more):
+    return run_script(SCRIPT, *flags(*args, **more), env={"OMP_NUM_THREADS": "1"})
+
+
+def contents(folder):
+    """Every file of a run but images: name -> bytes."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole_run(small_dataset, tiny_llama, tmp_path_factory):
+    """A run that nobody disturbed: two epochs, three checkpoints, two resamplings."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    result = train(small_dataset, tiny_llama, folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+def test_what_a_run_leaves(whole_run, small_dataset):
+    folder, result = whole_run
+    assert {path.name for path in folder.iterdir()} == {
+        "50.pt", "100.pt", "140.pt", "resume.pt", "metrics.jsonl", "images",
+    }  # fmt: skip
+    assert {path.name for path in (folder / "images").iterdir()} == {
+        "50.png", "100.png", "140.png", "loss_curves.png",
+    }  # fmt: skip
+    for path in folder.glob("*.pt"):
+        torch.load(path, weights_only=True)
+    content = torch.load(folder / "140.pt", weights_only=True)
+    config = content["config"]
+    assert config["hookpoint"] == "model.layers.1.mlp.act_fn"
+    assert (config["act_vec_size"], config["dict_vec_size"], config["layer_id"]) == (48, 192, 1)
+    assert (config["trained_batches"], config["trained_tokens"]) == (140, 140 * 128)
+    info = json.loads((Path(small_dataset) / "tokenized_dataset.json").read_text())
+    assert config["dataset_fingerprint"] == info["fingerprint"]
+    assert torch.allclose(content["state_dict"]["W_dec"].norm(dim=1), torch.ones(192), atol=1e-6)
+    assert content["log10_frequency"].shape == (192,)
+    assert "each epoch comes in a new order" in result.stdout
+    assert "tokens/s" in result.stdout.splitlines()[-1]
+
+
+def test_metrics(whole_run):
+    lines = [json.loads(line) for line in (whole_run[0] / "metrics.jsonl").read_text().splitlines()]
+    kinds = [(line["event"], line["batch"]) for line in lines]
+    assert kinds == [
+        ("log", 50), ("checkpoint", 50), ("resample", 60), ("log", 100), ("checkpoint", 100),
+        ("resample", 120), ("refired", 140), ("refired", 140), ("log", 140), ("checkpoint", 140),
+    ]  # fmt: skip
+    checkpoint = lines[-1]
+    for name in ("l0", "explained_variance", "dead_share", "ce", "ce_sae", "ce_zero", "loss_recovered"):
+        assert isinstance(checkpoint[name], float), name
+    assert {"method", "dead_before", "revived", "loss_before", "loss_after"} <= lines[2].keys()
+    assert {"resampled_at", "revived", "fired_again"} <= lines[6].keys()
+
+
+def test_same_flags_same_bytes(whole_run, small_dataset, tiny_llama, tmp_path):
+    assert train(small_dataset, tiny_llama, tmp_path / "again").returncode == 0
+    assert contents(tmp_path / "again") == contents(whole_run[0])
+
+
+def start(*args, **more):
+    command = [sys.executable, str(ROOT / SCRIPT), *flags(*args, **more)]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(whole_run, small_dataset, tiny_llama, tmp_path):
+    """kill -9 again and again, at moments drawn at random, until a run gets through."""
+    rng, folder, kills = random.Random(4), tmp_path / "run", 0
+    while kills < 4:
+        process = start(small_dataset, tiny_llama, folder, resume="")
+        seen = _written(folder)
+        wait_for(lambda seen=seen: _written(folder) != seen, process)
+        time.sleep(rng.uniform(0, 0.5))
+        kills += process.poll() is None
+        process.kill()
+        process.communicate()
+        if (folder / "140.pt").exists():
+            break
+    result = train(small_dataset, tiny_llama, folder, resume="")
+    assert result.returncode == 0, result.stderr
+    assert kills >= 2
+    assert contents(folder) == contents(whole_run[0])
+
+
+def _written(folder):
+    return [(path.name, path.stat().st_mtime_ns) for path in folder.glob("*.pt")] if folder.exists() else []
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_says_how_to_go_on(sig, whole_run, small_dataset, tiny_llama, tmp_path):
+    process = start(small_dataset, tiny_llama, tmp_path)
+    wait_for((tmp_path / "50.pt").exists, process)
+    process.send_signal(sig)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on" in output
+    assert "Traceback" not in output
+    assert train(small_dataset, tiny_llama, tmp_path, resume="").returncode == 0
+    assert contents(tmp_path) == contents(whole_run[0])
+
+
+def test_resume_with_other_flags_names_them_and_changes_nothing(whole_run, small_dataset, tiny_llama):
+    before = contents(whole_run[0])
+    result = train(small_dataset, tiny_llama, whole_run[0], resume="", learning_rate=2e-3, seed=1)
+    assert_refused(result, "learning_rate was 0.001, is 0.002", "seed was 0, is 1")
+    assert_refused(train(small_dataset, tiny_llama, whole_run[0]), "--resume", "holds a run")
+    assert contents(whole_run[0]) == before
+
+
+def test_resuming_a_finished_run_does_nothing(whole_run, small_dataset, tiny_llama):
+    before = contents(whole_run[0])
+    result = train(small_dataset, tiny_llama, whole_run[0], resume="")
+    assert result.returncode == 0
+    assert contents(whole_run[0]) == before
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(whole_run, small_dataset, tiny_llama, tmp_path):
+    """A file size limit stands in for the disk: writing the second checkpoint's resume.pt fails halfway."""
+    shutil.copytree(
+        whole_run[0], tmp_path / "run", ignore=shutil.ignore_patterns("100.pt", "140.pt", "images")
+    )
+    process = start(small_dataset, tiny_llama, tmp_path / "new", num_batches=70)
+    wait_for((tmp_path / "new" / "images" / "50.png").exists, process)
+    import resource
+
+    limit = (tmp_path / "new" / "50.pt").stat().st_size // 2
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0, output
+    torch.load(tmp_path / "new" / "50.pt", weights_only=True)
+    torch.load(tmp_path / "new" / "resume.pt", weights_only=True)
+    assert not list((tmp_path / "new").rglob("*.partial"))
+
+
+def test_dry_run_estimates_and_writes_nothing(small_dataset, tiny_llama, tmp_path):
+    result = train(small_dataset, tiny_llama, tmp_path / "run", dry_run="")
+    assert result.returncode == 0, result.stderr
+    assert "memory, GB: LLM" in result.stdout
+    assert "140 batches of 128 tokens" in result.stdout
+    assert "minutes at" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
+    """--num_tokens, --skip_positions and --normalize_dataset reach the checkpoint and the number of rows."""
+    result = train(
+        small_dataset, tiny_llama, tmp_path, num_batches=0, num_tokens=20, skip_positions=4,
+        normalize_dataset="", batches_between_ckpt=0,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (checkpoint,) = [path for path in tmp_path.glob("*.pt") if path.stem.isdigit()]
+    config = torch.load(checkpoint, weights_only=True)["config"]
+    held_out = 12
+    assert config["trained_batches"] == (240 - held_out) * 16 // 128
+    assert (config["num_tokens"], config["skip_positions"], config["normalize_dataset"]) == (20, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"num_batches": -1}, ["--num_batches", "-1"]),
+        ({"batch_size_llm": 0}, ["--batch_size_llm", "0"]),
+        ({"batch_size_autoencoder": 0}, ["--batch_size_autoencoder", "0"]),
+        ({"batch_size_autoencoder": 10**6}, ["--batch_size_autoencoder 1000000", "14592"]),
+        ({"act_vec_size": 1536}, ["--act_vec_size 48", "1536"]),
+        ({"num_tokens": 65}, ["64", "65"]),
+        ({"skip_positions": 64}, ["--skip_positions", "64"]),
+        (
+            {"num_batches": 10**9, "num_batches_preload": 10**8},
+            ["--num_batches_preload 100000000", "at most"],
+        ),
+        ({"dict_vec_size": 10**10}, ["GB for the autoencoder needed on cpu", "--dict_vec_size"]),
+        ({"learning_rate": "nan"}, ["--learning_rate", "nan"]),
+        ({"device_llm": "cuda:5"}, ["--device_llm", "cuda:5"]),
+        ({"dataset_path": "nowhere"}, ["tokenised dataset", "nowhere"]),
+        ({"model_name": "./nowhere"}, ["nowhere"]),
+        ({"mlp_activations_hookpoint": "model.layers.{}.mlp.act"}, ["closest", "model.layers.1.mlp.act_fn"]),
+    ],
+)
+def test_refusals(changed, words, small_dataset, tiny_llama, tmp_path):
+    result = train(small_dataset, tiny_llama, tmp_path / "run", **changed)
+    assert_refused(result, *words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_refused_layers_and_vocabularies(small_dataset, tiny_llama, tmp_path):
+    args = flags(small_dataset, tiny_llama, tmp_path / "run")
+    assert_refused(run_script(SCRIPT, "3", *args[1:]), "0 to 2", "got 3")
+    assert_refused(run_script(SCRIPT, "1", "residual", *args[2:]), "residual", "mlp_activations")
+    big = write_dataset(tmp_path / "big", [[49152] * 64] * 4, range(4), "other", vocab_size=50000)
+    assert_refused(train(big, tiny_llama, tmp_path / "run"), "49152", "other")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert_refused(train(empty, tiny_llama, tmp_path / "run"), "tokenised dataset", "empty")
