@@ -6,7 +6,6 @@ The same command goes on where it was when it is stopped or killed; `--save_path
 """
 
 import sys
-import time
 
 from sae import cli
 
@@ -52,59 +51,19 @@ def parse_args():
 
 def main():
     parser, args = parse_args()
-    with parser.friendly_errors():
-        generate(**vars(args))
+    flags = vars(args)
+    save_path = flags.pop("save_path")
+    with parser.friendly_errors(), cli.stop_requested() as stopping:
+        from sae import InputError, models, tokenise
 
-
-def generate(save_path, **flags):
-    from tqdm import tqdm
-
-    from sae import InputError, models, tokenise
-
-    folder = tokenise.working_folder(save_path)
-    if tokenise.check_save_path(save_path, flags):
-        return print(f"{save_path} is complete already, made with the same flags")
-    tokenizer = models.load_tokenizer(flags["tokenizer_name"])
-    if not tokenizer.is_fast:
-        raise InputError(f"a fast tokenizer needed, {flags['tokenizer_name']} is not")
-    tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    plan = tokenise.make_plan(flags, tokenizer_json)
-    folder.mkdir(parents=True, exist_ok=True)
-    with cli.stop_requested() as stopping, tokenise.lock(folder / "lock"):
-        states = tokenise.start_or_resume(folder, plan, tokenizer_json)
-        rows = plan["num_files"] * plan["num_samples_per_file"]
-        there = sum(state.files * plan["num_samples_per_file"] + state.rows for state in states)
-        if there:
-            files = sum(state.files for state in states)
-            print(f"going on from {folder}: {files} of {plan['num_files']} files, {there} of {rows} contexts")
-        start = time.monotonic()
-        with tqdm(total=rows, initial=there, unit=" contexts", smoothing=0.1) as bar:
-
-            def show(counts):
-                bar.update(max(tokenise.total(counts, "contexts") - bar.n, 0))
-                documents = max(tokenise.total(counts, "documents"), 1)
-                rate = (bar.n - there) * plan["min_tokens"] / (time.monotonic() - start)
-                share = tokenise.total(counts, "long_enough") / documents
-                bar.set_postfix_str(
-                    f"{rate:,.0f} tokens/s, {share:.0%} of documents long enough", refresh=False
-                )
-
-            outcome, counts = tokenise.run_workers(folder, plan, stopping, show)
-        if "short" in outcome.values():
-            tokenise.refuse_short(folder, plan, outcome, counts)
-        if "stopped" in outcome.values():
-            print(f"stopped; what is written is kept in {folder}, the same command goes on from there")
-            sys.exit(130)
-        info = tokenise.finish(folder, save_path, plan, len(tokenizer))
-        seconds = time.monotonic() - start
-        skipped = "".join(f", {n} skipped ({reason})" for reason, n in info["documents_skipped"].items())
-        print(
-            f"wrote {rows} contexts of {plan['min_tokens']} tokens in {plan['num_files']} files to "
-            f"{save_path} in {seconds:.1f} s "
-            f"({(rows - there) * plan['min_tokens'] / seconds:,.0f} tokens/s); "
-            f"{info['documents']} documents, {info['documents_long_enough']} long enough{skipped}"
-        )
+        tokenizer = models.load_tokenizer(args.tokenizer_name)
+        if not tokenizer.is_fast:
+            raise InputError(f"a fast tokenizer needed, {args.tokenizer_name} has none")
+        tokenizer_json = tokenizer.backend_tokenizer.to_str()
+        said, done = tokenise.write_dataset(save_path, flags, tokenizer_json, len(tokenizer), stopping)
+    print(said)
+    return 0 if done else 130
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

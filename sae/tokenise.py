@@ -15,6 +15,8 @@ from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 
+from tqdm import tqdm
+
 from sae import InputError, sources, tokens
 
 SECONDS_BETWEEN_REPORTS = 0.25
@@ -176,7 +178,7 @@ def working_folder(save_path):
     return Path(save_path).absolute().parent / f".{Path(save_path).absolute().name}.partial"
 
 
-def check_save_path(save_path, flags):
+def read_finished(save_path, flags):
     """The info of the dataset that these flags have written to `save_path` already, else None."""
     save_path = Path(save_path)
     if not save_path.exists() or (save_path.is_dir() and not any(save_path.iterdir())):
@@ -268,7 +270,7 @@ def total(counts, key):
     return sum(count[key] for count in counts.values())
 
 
-def refuse_short(folder, plan, outcome, counts):
+def _refuse_short(folder, plan, outcome, counts):
     """The documents ended too early: remove what was written and say what would fit."""
     short = [process for process, kind in outcome.items() if kind == "short"]
     per_worker = plan["num_files"] // plan["num_processes"]
@@ -286,9 +288,47 @@ def refuse_short(folder, plan, outcome, counts):
     )
 
 
-def finish(folder, save_path, plan, vocab_size):
-    """Move the finished files to their place, with what makes them a dataset; returns the info."""
-    info = tokens.write_info(folder / "dataset", plan, tokens.load_states(folder, plan), vocab_size)
-    os.replace(folder / "dataset", save_path)
-    shutil.rmtree(folder)
-    return info
+def write_dataset(save_path, flags, tokenizer_json, vocab_size, stopping):
+    """Write the dataset that `flags` describe to `save_path`, going on where an earlier run was.
+
+    flags: as on the command line. tokenizer_json: the text of a tokenizer.json. `stopping()` asks for an
+    early end. Returns a line that says what was done, and whether it was done to the end.
+    """
+    if read_finished(save_path, flags):
+        return f"{save_path} is complete already, made with the same flags", True
+    plan = make_plan(flags, tokenizer_json)
+    folder = working_folder(save_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):
+        states = start_or_resume(folder, plan, tokenizer_json)
+        rows = plan["num_files"] * plan["num_samples_per_file"]
+        there = sum(state.files * plan["num_samples_per_file"] + state.rows for state in states)
+        if there:
+            files = sum(state.files for state in states)
+            print(f"going on from {folder}: {files} of {plan['num_files']} files, {there} of {rows} contexts")
+        start = time.monotonic()
+        with tqdm(total=rows, initial=there, unit=" contexts", smoothing=0.1) as bar:
+
+            def show(counts):
+                rate = (bar.n - there) * plan["min_tokens"] / (time.monotonic() - start)
+                share = total(counts, "long_enough") / max(total(counts, "documents"), 1)
+                said = f"{rate:,.0f} tokens/s, {share:.0%} of documents long enough"
+                bar.set_postfix_str(said, refresh=False)
+                bar.update(max(total(counts, "contexts") - bar.n, 0))
+
+            outcome, counts = run_workers(folder, plan, stopping, show)
+        if "short" in outcome.values():
+            _refuse_short(folder, plan, outcome, counts)
+        if "stopped" in outcome.values():
+            return f"stopped; what is written is kept in {folder}, the same command goes on from there", False
+        info = tokens.write_info(folder / "dataset", plan, tokens.load_states(folder, plan), vocab_size)
+        os.replace(folder / "dataset", save_path)
+        shutil.rmtree(folder)
+    seconds = time.monotonic() - start
+    skipped = "".join(f", {count} skipped ({why})" for why, count in info["documents_skipped"].items())
+    said = (
+        f"wrote {rows} contexts of {plan['min_tokens']} tokens in {plan['num_files']} files to {save_path} "
+        f"in {seconds:.1f} s ({(rows - there) * plan['min_tokens'] / seconds:,.0f} tokens/s); "
+        f"{info['documents']} documents, {info['documents_long_enough']} long enough{skipped}"
+    )
+    return said, True
