@@ -246,8 +246,10 @@ class Survey:
         kept_P = torch.zeros_like(feature_P, dtype=torch.bool)
         for _ in range(DEPTH):
             rest = (~kept_P).nonzero()[:, 0]
-            lower_P, upper_P = _free_range(feature_P[rest], value_P[rest], draw_P[rest])
-            kept_P[rest] = upper_P - lower_P >= 0.999 * width_P[rest]  # 0.999: bins are rounded
+            value = value_P[rest]
+            lower, upper = _free_range(feature_P[rest], value, draw_P[rest])
+            wide = upper - lower >= 0.999 * width_P[rest]  # 0.999: bins are rounded
+            kept_P[rest] = wide & (lower < value) & (value < upper)
         feature_P, key_P = feature_P[kept_P], key_P[kept_P]
         self.pool, self.pruned = [torch.stack([feature_P, key_P])], len(key_P)
         self.scale_F = 2 * self.num_spread / max_F.clamp(min=1e-30)

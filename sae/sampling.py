@@ -47,7 +47,7 @@ class Run(NamedTuple):
         return rows_N, torch.as_tensor(documents)
 
     def look(self, rows_N):
-        """Stream the feature activations of contexts: [b, T - skipped positions, F]; see feature_activations."""
+        """Stream the feature activations of contexts: [b, T - skipped positions, F]."""
         config, autoencoder = self.checkpoint.config, self.checkpoint.autoencoder
         batches = read_contexts(self.dataset, rows_N, self.batch_size, self.context_tokens)
         acts = (activations_at(self.model, self.module, ids_BT) for ids_BT in batches)
@@ -60,7 +60,7 @@ def prepare(
     num_samples, dataset_path, autoencoder_path, save_path, target_model_name, target_model_device,
     autoencoder_device, log_freq_upper, log_freq_lower, batch_size, dtype_llm, **_others,
 ):  # fmt: skip
-    """The inputs that the flags name. All that can be refused is refused before the LLM's weights are read."""
+    """The inputs that the flags name; all that can be is refused before the weights of the LLM are read."""
     if log_freq_upper <= log_freq_lower:
         raise InputError(
             f"--log_freq_upper above --log_freq_lower needed, got {log_freq_upper:g} and {log_freq_lower:g}"
