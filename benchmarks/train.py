@@ -1,0 +1,128 @@
+"""Training speed as a share of its floor: LLM to the hookpoint + the matrix products + Adam, each alone.
+
+    python benchmarks/train.py MODEL DATASET [--batches 100 300] [--memory]
+
+SmolLM2 layer 10 mlp_activations, 1536 -> 6144, 1,024 rows a batch, 16 contexts of 128 tokens a forward pass.
+The script is run twice, and the difference of the two times counts: start, model loading and the last
+checkpoint cancel. --memory instead compares the script's peak memory on the dataset and on one with
+100,000 contexts more.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from sae import activations, models, tokens  # noqa: E402
+
+ROWS, D, F, CONTEXTS = 1024, 1536, 6144, 16
+
+
+def seconds(work, device, repeats=8):
+    """Median time of one call."""
+    times = []
+    for _ in range(repeats + 2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def floor(model_name, dataset, device):
+    """Seconds for 1,024 tokens: LLM, five products, Adam."""
+    model = models.load_model(model_name, device)
+    module, _ = activations.find_hookpoint(model, "model.layers.{}.mlp.act_fn", 10)
+    ids_BT = next(tokens.read_contexts(dataset, range(CONTEXTS), CONTEXTS))
+    llm = seconds(lambda: activations.activations_at(model, module, ids_BT), device) * ROWS / ids_BT.numel()
+    dtype = models.fast_dtype(device)
+    x_ND, g_NF = torch.randn(ROWS, D, device=device).to(dtype), torch.randn(ROWS, F, device=device).to(dtype)
+    W_FD = torch.randn(F, D, device=device).to(dtype)
+
+    def products():  # encode, decode; gradients of the activations and of the two matrices
+        return x_ND @ W_FD.T, g_NF @ W_FD, x_ND @ W_FD.T, g_NF.T @ x_ND, g_NF.T @ x_ND
+
+    weights = [torch.nn.Parameter(torch.randn(F, D, device=device)) for _ in range(2)]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    adam = torch.optim.Adam(weights, fused=True)
+    return {"LLM": llm, "products": seconds(products, device), "Adam": seconds(adam.step, device)}
+
+
+def script(model_name, dataset_path, batches, preload):
+    """(seconds, peak resident bytes) of a run of the script, as it says itself and as the system counted."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, ROOT / "train_autoencoder_from_tokens.py", "10", "mlp_activations",
+            "--model_name", model_name, "--dataset_path", dataset_path, "--save_path", folder,
+            "--num_batches", batches, "--num_batches_preload", preload, "--batches_between_ckpt", 0,
+            "--batch_size_autoencoder", ROWS, "--batch_size_llm", CONTEXTS, "--learning_rate", 1e-3,
+        ]  # fmt: skip
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return float(re.search(r"([\d.]+) s, [\d.]+ tokens/s", done.stdout)[1]), max(peak, before) * 1024
+
+
+def larger(dataset_path, folder, extra):
+    """The dataset with its contexts repeated, `extra` more of them."""
+    import datasets
+
+    dataset, info = tokens.open_dataset(dataset_path)
+    times = -(-extra // len(dataset)) + 1
+    datasets.concatenate_datasets([dataset] * times).select(range(len(dataset) + extra)).flatten_indices(
+        cache_file_name=str(folder / "flat.arrow")
+    ).save_to_disk(str(folder / "data"))
+    (folder / "data" / tokens.INFO_FILE).write_text(json.dumps(info))
+    return folder / "data"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("dataset")
+    parser.add_argument("--batches", type=int, nargs=2, default=(100, 300))
+    parser.add_argument("--memory", action="store_true")
+    args = parser.parse_args()
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    name = (
+        torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}, {models.fast_dtype(device)}")
+    if args.memory:
+        with tempfile.TemporaryDirectory() as folder:
+            more = larger(args.dataset, Path(folder), 100_000)
+            # The larger first: the system only tells the highest peak of all children.
+            small, large = (script(args.model, path, 20, 10)[1] for path in (args.dataset, more))
+        print(f"peak memory: {small / 2**20:.0f} MiB; with 100,000 contexts more {large / 2**20:.0f} MiB")
+        return
+    dataset, _ = tokens.open_dataset(args.dataset)
+    floors = [floor(args.model, dataset, device)]
+    short, long = (script(args.model, args.dataset, batches, 50)[0] for batches in args.batches)
+    floors.append(floor(args.model, dataset, device))
+    parts = {part: statistics.mean(one[part] for one in floors) for part in floors[0]}
+    best = ROWS / sum(parts.values())
+    got = (args.batches[1] - args.batches[0]) * ROWS / (long - short)
+    print("| | tokens/s | share of the floor |\n|---|---|---|")
+    for part, took in parts.items():
+        print(f"| {part} alone | {ROWS / took:,.0f} | |")
+    print(f"| floor: the three one after the other | {best:,.0f} | 1 |")
+    print(f"| train_autoencoder_from_tokens.py | {got:,.0f} | {got / best:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
