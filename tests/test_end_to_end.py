@@ -28,8 +28,8 @@ def suite(tmp_path_factory, smollm2, stdlib, elasticsearch_url):
     done("generate_tokenized_dataset.py", 2, 200, "--num_processes", 2, "--dataset_name", stdlib,
          "--tokenizer_name", smollm2, "--save_path", tokens)  # fmt: skip
     done("train_autoencoder_from_tokens.py", 3, "mlp_activations", "--dataset_path", tokens,
-         "--save_path", run, "--model_name", smollm2, "--batch_size_autoencoder", 512, "--learning_rate", 1e-3,
-         "--dict_vec_size", 512)  # fmt: skip
+         "--save_path", run, "--model_name", smollm2, "--batch_size_autoencoder", 512,
+         "--learning_rate", 1e-3, "--dict_vec_size", 512)  # fmt: skip
     (checkpoint,) = (path for path in run.glob("*.pt") if path.stem.isdigit())
     done("generate_interpretation_samples.py", 300, "--dataset_path", tokens,
          "--autoencoder_path", checkpoint, "--save_path", samples)  # fmt: skip
