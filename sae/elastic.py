@@ -237,15 +237,16 @@ class Writer:
     """Sends documents in bulks from a thread of its own; `submit` returns at once.
 
     A server that is down, slow or busy is asked again after growing pauses for as long as the work lasts;
-    on leaving, until `patience_s` seconds have passed without success. Then `sent` and `unsent` (counts),
-    `rejected` [(dim, reason)] and `trouble` (the last failure in one line, or None) are final.
+    on leaving, until `patience_s` seconds have passed without success (a run that is being stopped sets it
+    to 0). Then `sent` and `unsent` (counts), `rejected` [(dim, reason)] and `trouble` (the last failure in
+    one line, or None) are final.
     A document counts as sent when the server shows it at the end: one that restarts may have forgotten it.
     """
 
     def __init__(self, client, index, patience_s):
         # Several attempts fit into the patience.
         self._client = client.options(request_timeout=min(60, max(1, patience_s / 4)), max_retries=0)
-        self._index, self._patience_s = index, patience_s
+        self._index, self.patience_s = index, patience_s
         self._documents, self._waiting, self._rejected = {}, {}, {}  # by dim
         self._changed, self._closing, self.trouble = threading.Condition(), False, None
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -261,12 +262,12 @@ class Writer:
 
     def __exit__(self, error_type, *_error):
         if error_type:
-            self._patience_s = 0
+            self.patience_s = 0
         with self._changed:
             self._closing = True
             self._changed.notify()
-        if self.trouble and self._patience_s:
-            _say(f"waiting up to {self._patience_s:g} s for ElasticSearch")
+        if self.trouble and self.patience_s:
+            _say(f"waiting up to {self.patience_s:g} s for ElasticSearch")
         self._thread.join()
         self.unsent = len(self._waiting)
         self.rejected = sorted(self._rejected.items())
@@ -287,7 +288,7 @@ class Writer:
                 pause, failing_since = FIRST_PAUSE_S, time.monotonic()
             self.trouble = trouble
             if trouble:
-                left = self._patience_s - (time.monotonic() - failing_since)
+                left = self.patience_s - (time.monotonic() - failing_since)
                 if closing and (left <= 0 or not passing):
                     self._waiting = self._waiting or self._taken()  # nobody knows what the server kept
                     return
