@@ -80,6 +80,9 @@ def main(args):
     saved = None if args.dry_run else runs.saved_run(args.save_path, config, args.resume)
     if saved:
         config["num_batches_preload"] = saved["config"]["num_batches_preload"]
+        if saved["trainer"]["batch"] == config["num_batches"]:
+            print(f"nothing to do: the run in {args.save_path} is complete, {config['num_batches']} batches")
+            return 0
     config, line = runs.plan_memory(config, skeleton, (device_llm, dtype_llm), (device, dtype))
     print(line, flush=True)
 
@@ -91,12 +94,12 @@ def main(args):
 
     # Contexts, in a new order each epoch -> rows of activations -> shuffled batches.
     first, skip, last = runs.stream_start(config, trainer.batch)
-    order = itertools.islice(
-        llm_batches(len(training_rows), args.batch_size_llm, args.seed, first), last - first
-    )
+    order = llm_batches(len(training_rows), args.batch_size_llm, args.seed, first)
+    order = itertools.islice(order, 3 if args.dry_run else last - first)
     read = functools.partial(tokens.read_contexts, batch_size=args.batch_size_llm, num_tokens=args.num_tokens)
     contexts = itertools.chain.from_iterable(read(dataset, training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, args.skip_positions)
+    rows = tqdm(rows, total=last - first, desc="LLM", unit="forward", position=1, leave=False)
     if device != device_llm:
         rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
     if args.dry_run:
