@@ -136,8 +136,8 @@ def explain_group(
             "dim": feature.dim,
             "tokens": fired_on(feature.scored),
             "interpretation": kept[place],
-            "log10_frequency": feature.log10_frequency,
-            "max_activation": feature.max_activation,
+            "log10_frequency": round(feature.log10_frequency, 4),
+            "max_activation": round(feature.max_activation, 4),
         }
         own = _score(feature, kept[place], by_row[place], seed)
         other = {"score": None}

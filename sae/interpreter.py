@@ -27,7 +27,12 @@ class Prefix(NamedTuple):
 
 
 class Interpreter:
-    """`model`: any causal LM of transformers, DeepSpeed's shards of one too; `tokenizer` is its own."""
+    """`model`: any causal LM of transformers, DeepSpeed's shards of one too; `tokenizer` is its own.
+
+    `earlier`: what stands for the activations of earlier tokens while a later one is read off.
+    """
+
+    earlier = "0"
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -102,14 +107,14 @@ class Interpreter:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _lines(self, tokens):
-        """Ids of `token<tab>0` lines, and for each line the position whose logits predict its digit."""
-        text = prompts.lines(tokens, [0] * len(tokens))
+        """Ids of `token<tab>0` lines, and for each line the position whose logits predict its number."""
+        text = prompts.lines(tokens, [self.earlier] * len(tokens))
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         starts = {start: place for place, (start, end) in enumerate(coded["offset_mapping"]) if end > start}
-        ends, at = [], -2
+        ends, at = [], 0
         for token in tokens:
-            at += len(token) + 3  # token, tab, digit, newline
-            ends.append(at)
+            ends.append(at + len(token) + 1)
+            at = ends[-1] + len(self.earlier) + 1
         missing = [place for place in ends if place not in starts]
         if missing:
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
