@@ -44,7 +44,7 @@ interop: inputs/.done
 	test -e .venv-interop/.done || ($(PYTHON) -m venv .venv-interop && \
 		.venv-interop/bin/pip install --quiet torch==2.13.0 && \
 		.venv-interop/bin/pip install --quiet sae-lens==6.54.12 && touch .venv-interop/.done)
-	$(BIN)/python tests/interop/check_sae_lens.py
+	.venv-interop/bin/python tests/interop/check_sae_lens.py
 
 clean:
 	rm -rf .venv .venv-interop inputs demo

@@ -25,6 +25,7 @@ def write_inputs(folder, tokenizer_name, corpus, num_features, length, rows=30_0
     import torch
     from conftest import write_dataset
 
+    from sae.artifacts import fingerprint
     from sae.models import load_tokenizer
     from sae.samples import Samples, save_samples
 
@@ -49,12 +50,13 @@ def write_inputs(folder, tokenizer_name, corpus, num_features, length, rows=30_0
         torch.tensor([0] * 24 + [1] * 12 + [2] * 16, dtype=torch.int8).repeat(num_features, 1),
     )  # fmt: skip
     save_samples(folder / "samples.pt", samples)
+    made_from = fingerprint(folder / "samples.pt")
     with open(folder / "samples.explanations.jsonl", "w") as handle:
         for dim in range(num_features):
             text = f"the {dim}th thing that a made-up feature might fire on in a file of source code"
             examples = [tokenizer.decode(ids[dim * 3 % len(ids) + i]) for i in range(3)]
             document = {"dim": dim, "interpretation": text, "score": dim % 97 / 97, "examples": examples}
-            handle.write(json.dumps(document) + "\n")
+            handle.write(json.dumps(document | {"samples_fingerprint": made_from}) + "\n")
 
 
 def main():

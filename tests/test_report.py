@@ -107,6 +107,13 @@ def test_columns_shown_keeps_the_first_and_spreads_the_spread():
     assert report.columns_shown(kind, 9).tolist() == list(range(15))
 
 
+def test_as_data_holds_no_character_of_markup():
+    content = {"</script>": ["<!--", "&lt;", "]]>", "\ud800", "'\""]}
+    text = report.as_data(content)
+    assert json.loads(text) == content
+    assert not set(text) & set("<>&") and text.isascii()
+
+
 def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     from sae.tokens import open_dataset
 
