@@ -67,6 +67,9 @@ def tokenizers(corpus, smollm2):
         pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="never"),
     )
     llama.normalizer, llama.pre_tokenizer = prepend, None
+    llama.add_tokens(
+        [AddedToken("self", normalized=False)]
+    )  # what follows an added token gets a mark as well
     unigram = _trained(
         models.Unigram(),
         trainers.UnigramTrainer(
@@ -108,9 +111,10 @@ PARTS = st.one_of(
     st.text(max_size=20),
     st.text(string.ascii_letters + " \n", max_size=80),
     st.sampled_from(
-        ["\r\n", "    ", "\n\n\n  ", "\t", "\0", "\x1b[0m", "🙂\u200d🇫🇷", "漢字かな", "привет мир", "ﬁ ½", "x\u00a0y",
-         "a\u0301 \u0301", "don't", "'s 'S", "1234567", "1 2", "<|endoftext|>", " <mask> ", "import ", "for x",
-         "\u2028", "def f(x):\n    return x\n", "abcdefghij" * 100, "▁a▁ b", "<0x0A>", "....", "s \n s", "== "]
+        ["\r\n", "    ", "\n\n\n  ", "\t", "\0", "\x1b[0m", "🙂\u200d🇫🇷", "漢字かな", "привет мир", "ﬁ ½",
+         "a\u0301 \u0301", "don't", "'s 'S", "1234567", "1 2", "<|endoftext|>", " <mask> ", "import ",
+         "for x", "self ", "x\u00a0y", "\u2028", "def f(x):\n    return x\n", "abcdefghij" * 100, "▁a▁ b",
+         "<0x0A>", "....", "s \n s", "== "]
     ),
 )  # fmt: skip
 TEXTS = st.lists(st.tuples(PARTS, st.integers(1, 12)), max_size=12).map(
@@ -162,6 +166,23 @@ def test_windows_of_real_and_of_odd_files(kind, tokenizers, stdlib):
         assert [window for text in texts for window in tokenizer.all_windows(text, length)] == windows
 
 
+def test_unigram_breaks_ties_as_in_the_whole_document():
+    # [a, ba] against [ab, a]: with sums that begin elsewhere, rounding decides the other way.
+    scores = {"<unk>": 0.0, "▁": -2.1, "x": -1.3, "a": -2.633265554575144, "aa": -2.3738632088209077,
+              "b": -1.361714742492535, "ab": -0.87675025087889, "ba": -1.6338241641058255,
+              "▁a": -1.314802412351243, "▁x": -2.451395767104318}  # fmt: skip
+    backend = Tokenizer(models.Unigram(list(scores.items()), 0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(split=False)
+    rng = random.Random(0)
+    text = "".join(rng.choice(["aaa", "aaaaa", "ab", "ba", "x ", " ", "bab", "x x "]) for _ in range(400))
+    tokenizer = exact.ExactTokenizer(backend.to_str())
+    tokenizer._chars_per_token = 0.5
+    whole = _whole(backend, text)
+    for length in range(1, len(whole), 37):
+        assert tokenizer.first_windows([text], length) == [whole[:length]]
+    assert list(tokenizer.all_windows(text, 1)) == [[token] for token in whole]
+
+
 def test_cuts_are_found_where_they_are_safe_and_only_there(tokenizers):
     cuts = {kind: exact.safe_cuts(tokenizer)[1] for kind, tokenizer in tokenizers.items()}
     assert cuts["smollm2"] == cuts["byte-level"] == cuts["llama 3"] == cuts["wordpiece"] == " \n\t\r"
@@ -206,7 +227,7 @@ def _deal(source, processes, seed=0):
 
 @pytest.fixture
 def tree(tmp_path):
-    """Twelve source files, among them one that is not UTF-8, one with NUL, one empty; a hidden one besides."""
+    """Twelve source files, among them one not UTF-8, one with NUL, one empty; a hidden one besides."""
     folder = tmp_path / "tree"
     (folder / "sub").mkdir(parents=True)
     (folder / ".git").mkdir()
