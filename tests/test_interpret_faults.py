@@ -28,8 +28,8 @@ from sae.elastic import connect
 from sae.samples import RANDOM, TOP, Samples, save_samples
 from sae.tokens import open_dataset
 
-FEATURES, CONTEXTS = 16, 6  # explained features; contexts kept of each kind
 KILLS = int(os.environ.get("SAE_KILLS", "2"))
+FEATURES, CONTEXTS = max(16, 4 * KILLS), 6  # explained features; contexts kept of each kind
 INDEX = "sae-faults"
 
 
@@ -236,14 +236,19 @@ def test_a_key_that_is_refused_ends_before_any_model_is_loaded(run, server):
 def test_runs_killed_at_random_moments_end_with_the_same_documents(run, server, undisturbed):
     rng = random.Random(6)
     moments = []
-    for _kill in range(KILLS):
+    for number in range(KILLS):
         process = run.start(server.url)
-        # Some in the start, most while features are finished.
-        run.wait_for_lines(process, run.lines() + rng.randrange(max(1, FEATURES // KILLS)))
-        time.sleep(rng.uniform(0, 0.3))
+        # After a random feature of this kill's share of the run; some before the first, while it starts.
+        target = int(rng.uniform(number, number + 1) / (KILLS + 1) * FEATURES)
+        if target > run.lines():
+            run.wait_for_lines(process, target)
+            time.sleep(rng.uniform(0, 0.2))
+        else:
+            time.sleep(rng.uniform(0, 10))
         kill(process)
         moments.append(run.lines())
     print(f"documents in the journal at each kill: {moments}")
+    assert any(0 < moment < FEATURES for moment in moments)
     status, said = run.finish(run.start(server.url))
     assert status == 0, said
     assert run.documents() == undisturbed == stored(server)
