@@ -71,7 +71,7 @@ def interpret(args):  # in each process
             lacking = elastic.missing(client, index, done.values())
             dropped = ", a torn last line dropped" if torn else ""
             print(f"{path}: {len(done)} features done{dropped}; {index} lacks {len(lacking)}", flush=True)
-    done = here.everyone(done.keys())[0]
+    done = here.everyone(set(done))[0]
     material = material if here.rank == 0 else plan.open_material(*files)
     work = plan.Plan(
         material, args.num_interpretation_samples, args.num_simulation_samples, args.num_explanations,
@@ -106,7 +106,7 @@ def interpret(args):  # in each process
             if any(here.everyone(stopping())):
                 if here.rank == 0:
                     print(f"stopped: {len(done) + len(new)} features are in {path}, the same command goes on")
-                return cli.STOPPED
+                sys.exit(cli.STOPPED)  # an exit leaves the writer without waiting for a server that is down
         seconds = time.monotonic() - started
     if here.rank:
         return 0
