@@ -1,0 +1,168 @@
+"""Kept tokens per second and peak memory of tokenising, beside two usual ways, on the same documents.
+
+    python benchmarks/tokenise.py --tokenizer inputs/smollm2 --corpus inputs/stdlib
+
+Kept tokens: the first --min_tokens of each document that has as many. The ways (a) and (b) have the
+tokenizer truncate; it reads the whole of each document all the same. Rates of the suite hold reading and
+writing; those of its processes also the second that starting them takes, over --copies times the corpus.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import re
+import resource
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+FLAGS = {"chunk_documents": False, "data_dir": None, "dataset_config": None, "split": "train", "seed": 0}
+
+
+def read_corpus(folder):
+    """The texts of all files that are UTF-8 without NUL."""
+    from sae import sources
+
+    files = sources.open_source(sources.SourceArguments(str(folder), None, None, "train", None, 0))
+    return [t for n in range(files.num_shards) for t in files.read(n) if isinstance(t, str)]
+
+
+def one_by_one(tokenizer, texts, length):
+    encoded = (tokenizer(t, truncation=True, max_length=length, add_special_tokens=False) for t in texts)
+    return sum(len(each["input_ids"]) == length for each in encoded)
+
+
+def batched_map(tokenizer, texts, length):
+    import datasets
+
+    def encode(batch):
+        return tokenizer(batch["text"], truncation=True, max_length=length, add_special_tokens=False)
+
+    dataset = datasets.Dataset.from_dict({"text": texts}).map(encode, batched=True, remove_columns=["text"])
+    return sum(len(ids) == length for ids in dataset["input_ids"])
+
+
+def write_shards(folder, texts, megabytes=None, copies=1):
+    """The texts, `copies` times or as often as `megabytes` need, in 4 parquet files."""
+    folder.mkdir()
+    size = sum(len(text.encode()) for text in texts)
+    count = len(texts) * copies if megabytes is None else int(len(texts) * megabytes * 1e6 / size)
+    for shard in range(4):
+        rows = ({"text": f"# {n}\n{texts[n % len(texts)]}"} for n in range(shard, count, 4))
+        _write_parquet(folder / f"{shard}.parquet", rows)
+    return folder
+
+
+def _write_parquet(path, rows):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        batch = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == 200:
+                writer.write_table(pa.Table.from_pylist(batch))
+                batch = []
+        if batch:
+            writer.write_table(pa.Table.from_pylist(batch))
+
+
+def suite(corpus, out, tokenizer_path, length, contexts, processes):
+    """Seconds to write `contexts` contexts with so many processes; peak memory of the largest worker, MB."""
+    from sae import tokenise
+
+    flags = FLAGS | {
+        "num_files": processes,
+        "num_samples_per_file": contexts // processes,
+        "min_tokens": length,
+        "num_processes": processes,
+        "tokenizer_name": tokenizer_path,
+        "dataset_name": str(corpus),
+        "text_field": None,
+    }
+    tokenizer_json = (Path(tokenizer_path) / "tokenizer.json").read_text()
+    start = time.perf_counter()
+    tokenise.write_dataset(out, flags, tokenizer_json, 0, lambda: False)
+    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+
+
+def apart(function, *arguments):
+    """Run in a fresh process, so that its peak memory is its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokenizer", default="inputs/smollm2")
+    parser.add_argument("--corpus", default="inputs/stdlib")
+    parser.add_argument("--min_tokens", type=int, default=256)
+    parser.add_argument("--copies", type=int, default=16, help="of the corpus, for the rates of processes")
+    parser.add_argument("--memory", type=int, nargs="*", default=[10, 30, 300], help="megabytes of text")
+    args = parser.parse_args()
+
+    import datasets
+    import tokenizers
+    import transformers
+
+    print(f"python {' '.join(sys.argv)}")
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    print(f"{os.cpu_count()} cores, {cpu[1] if cpu else 'unknown'}, Python {platform.python_version()}")
+    print(
+        f"tokenizers {tokenizers.__version__}, transformers {transformers.__version__}, "
+        f"datasets {datasets.__version__}"
+    )
+    datasets.disable_progress_bars()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+    texts, length = read_corpus(args.corpus), args.min_tokens
+    rates = {}
+
+    def note(name, kept, seconds):
+        rates[name] = kept * length / seconds
+        print(
+            f"{name:44s} {rates[name]:>10,.0f} kept tokens/s  ({kept} contexts in {seconds:.2f} s)",
+            flush=True,
+        )
+
+    for name, way in (("(a) one document at a time", one_by_one), ("(b) datasets.map, batched", batched_map)):
+        start = time.perf_counter()
+        kept = way(tokenizer, texts, length)
+        note(name, kept, time.perf_counter() - start)
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        shards = write_shards(scratch / "shards", texts, copies=args.copies)
+        contexts = kept * args.copies * 9 // 10
+        for processes in (1, 2):
+            seconds, _memory = apart(
+                suite, shards, scratch / f"out{processes}", args.tokenizer, length, contexts, processes
+            )
+            note(
+                f"suite, {processes} process{'es' * (processes > 1)}",
+                contexts // processes * processes,
+                seconds,
+            )
+        one, two = rates["suite, 1 process"], rates["suite, 2 processes"]
+        print(f"suite / (a)  {one / rates['(a) one document at a time']:.1f}")
+        print(f"suite / (b)  {one / rates['(b) datasets.map, batched']:.1f}")
+        print(f"2 processes / 1  {two / one:.2f}")
+        for megabytes in args.memory:
+            shards = write_shards(scratch / f"{megabytes}", texts, megabytes=megabytes)
+            size = sum(len(text) for text in texts) / len(texts)
+            contexts = int(kept / len(texts) * megabytes * 1e6 / size * 0.8)
+            _seconds, memory = apart(
+                suite, shards, scratch / f"m{megabytes}", args.tokenizer, length, contexts, 1
+            )
+            print(f"peak memory of a worker over {megabytes} MB of text: {memory:.0f} MB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
