@@ -81,7 +81,9 @@ def main(args, stopping):
     survey = samples.Survey(run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, rng)
 
     def look(rows, what):
-        with tqdm(total=len(rows), desc=what, unit="context") as bar:
+        # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
+        delay = 0 if sys.stderr.isatty() else 10
+        with tqdm(total=len(rows), desc=what, unit="context", delay=delay) as bar:
             for f_BTF in run.look(rows):
                 yield f_BTF
                 if bar.update(len(f_BTF)):

@@ -136,13 +136,17 @@ class Survey:
 
     def add(self, f_BTF):
         """Look at the next contexts: feature activations [B, T, F]."""
-        self.count_F += f_BTF.flatten(0, 1).count_nonzero(0)
+        self.count_F += f_BTF.flatten(0, 1).sign().sum(0).long()  # a piece is small: exact in float32
         self.tokens += f_BTF.shape[0] * f_BTF.shape[1]
-        for f_TF in f_BTF:
-            self.block_CF[self.contexts - self.merged] = f_TF.amax(0)
-            self.contexts += 1
-            if self.contexts - self.merged == len(self.block_CF):
+        max_BF = f_BTF.amax(1)
+        while len(max_BF):
+            filled = self.contexts - self.merged
+            taken = max_BF[: len(self.block_CF) - filled]
+            self.block_CF[filled : filled + len(taken)] = taken
+            self.contexts += len(taken)
+            if filled + len(taken) == len(self.block_CF):
                 self._merge()
+            max_BF = max_BF[len(taken) :]
 
     def log10_frequency(self):
         """[F] float32: log10 of the share of tokens each feature fired on, -inf where it never did."""

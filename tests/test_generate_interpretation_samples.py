@@ -1,0 +1,232 @@
+"""The script, on the real SmolLM2 against a brute force of plain hooks, and on a tiny Llama for the rest."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_refused, run_script, write_dataset
+
+import generate_interpretation_samples as script
+from sae import InputError
+from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
+from sae.samples import RANDOM, SPREAD, TOP, load_samples
+
+SKIP, LENGTH, FEATURES = 2, 48, 96
+
+
+def write_checkpoint(path, dataset_path, model_name, layer, width, autoencoder, **changes):
+    from sae.tokens import open_dataset
+
+    config = {
+        "act_vec_size": width, "dict_vec_size": len(autoencoder.b_enc), "layer_id": layer,
+        "layer_type": "mlp_activations", "hookpoint": f"model.layers.{layer}.mlp.act_fn",
+        "model_name": model_name, "num_tokens": LENGTH, "skip_positions": SKIP, "normalize_dataset": True,
+        "seed": 11, "dataset_fingerprint": open_dataset(dataset_path)[1]["fingerprint"],
+    }  # fmt: skip
+    save_checkpoint(path, config | changes, autoencoder, torch.zeros(len(autoencoder.b_enc)))
+    return str(path)
+
+
+def plain_activations(model_name, layer, ids_NT):
+    """The module's outputs by a hook of the ten-line kind, float32: [N, T, D]."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
+    seen = []
+    model.model.layers[layer].mlp.act_fn.register_forward_hook(lambda _mod, _in, out: seen.append(out))
+    with torch.no_grad():
+        for ids_BT in ids_NT.split(30):
+            model.model(ids_BT, use_cache=False)
+    return torch.cat(seen)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, smollm2, small_dataset, stdlib_contexts):
+    """A small autoencoder trained on layer 1 of SmolLM2, and the activations [240, LENGTH, D] it saw."""
+    acts_NTD = plain_activations(smollm2, 1, torch.tensor(stdlib_contexts[0])[:, :LENGTH])
+    rng = torch.Generator().manual_seed(0)
+    x_ND = acts_NTD[:, SKIP:].flatten(0, 1)
+    autoencoder = Autoencoder(1536, FEATURES, normalize=True, rng=rng)
+    autoencoder.b_dec.data = (x_ND[:4000] * autoencoder.scale(x_ND[:4000])).median(0).values
+    optimizer = torch.optim.Adam(autoencoder.parameters(), lr=3e-3)
+    for _ in range(60):
+        batch_ND = x_ND[torch.randint(0, len(x_ND), (256,), generator=rng)]
+        batch_ND = batch_ND * autoencoder.scale(batch_ND)
+        f_NF = autoencoder.encode(batch_ND)
+        loss = ((autoencoder.decode(f_NF) - batch_ND) ** 2).sum(1).mean() + 2 * f_NF.sum(1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    path = tmp_path_factory.mktemp("trained") / "60.pt"
+    return write_checkpoint(path, small_dataset, smollm2, 1, 1536, autoencoder), acts_NTD
+
+
+def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_contexts):
+    (path, acts_NTD), documents_N = trained, torch.tensor(stdlib_contexts[1])
+    result = run_script(
+        "generate_interpretation_samples.py", 240, "--dataset_path", small_dataset,
+        "--autoencoder_path", path, "--save_path", tmp_path / "s.pt", "--dtype_llm", "float32",
+        "--log_freq_lower", -2.5, "--log_freq_upper", -0.05, "--num_top", 10, "--num_spread", 8, "--num_random", 6,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert sorted(os.listdir(tmp_path)) == ["s.png", "s.pt"]
+    samples, autoencoder = load_samples(tmp_path / "s.pt"), load_checkpoint(path).autoencoder
+    f_NTF = autoencoder.features(acts_NTD[:, SKIP:].flatten(0, 1)).unflatten(0, (240, LENGTH - SKIP))
+
+    share_F = (f_NTF > 0).double().mean((0, 1))
+    torch.testing.assert_close(samples.log10_frequency, share_F.log10().float(), rtol=0, atol=1e-6)
+    assert samples.num_tokens_seen == 240 * (LENGTH - SKIP)
+    inside = (share_F.log10() > -2.5) & (share_F.log10() < -0.05)
+    assert samples.features.tolist() == inside.nonzero()[:, 0].tolist()
+    assert 10 < len(samples.features) <= FEATURES
+    torch.testing.assert_close(samples.max_activation, f_NTF.amax((0, 1))[inside])
+
+    rows, activations, kind = samples.rows, samples.activations, samples.kind
+    assert activations.shape == (len(rows), 24, LENGTH) and activations.dtype == torch.float16
+    assert kind[0].tolist() == [TOP] * 10 + [SPREAD] * 8 + [RANDOM] * 6
+    for slot, feature in enumerate(samples.features.tolist()):
+        value_N = f_NTF[:, :, feature].amax(1)
+        best = torch.stack([value_N[documents_N == d].max() for d in documents_N.unique()])
+        top = rows[slot, :10][rows[slot, :10] >= 0]
+        torch.testing.assert_close(value_N[top], best[best > 0].sort(descending=True).values[:10])
+        kept = rows[slot][rows[slot] >= 0]
+        assert len(documents_N[kept].unique()) == len(kept)
+        spread = rows[slot, 10:18][rows[slot, 10:18] >= 0]
+        bins = (value_N[spread] / value_N.max() * 8).ceil()
+        assert len(bins.unique()) == len(bins) and (bins > 0).all()
+        for column, row in enumerate(rows[slot].tolist()):
+            wanted = f_NTF[row, :, feature].half() if row >= 0 else torch.zeros(LENGTH - SKIP).half()
+            torch.testing.assert_close(activations[slot, column, SKIP:], wanted, rtol=2e-3, atol=1e-4)
+            assert not activations[slot, column, :SKIP].any()
+
+    assert samples.config["seed"] == 11 and samples.config["samples_seed"] == 0
+    assert samples.config["num_samples"] == 240 and samples.config["num_top"] == 10
+    line = result.stdout.splitlines()[-1]
+    dead, rare = int((share_F == 0).sum()), int(((share_F > 0) & (share_F.log10() <= -2.5)).sum())
+    assert line.startswith(
+        f"{len(rows)} features in the band, {rare} too rare, {FEATURES - len(rows) - rare - dead}"
+    )
+    assert f"{dead} dead; written to {tmp_path / 's.pt'}" in line and "contexts/s" in line
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tiny_llama):
+    """Flags that name a dataset of 90 random contexts of 64 tokens and an autoencoder on the tiny Llama."""
+    folder, rng = tmp_path_factory.mktemp("tiny"), torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 49152, (90, 64), generator=rng).tolist()
+    dataset = write_dataset(folder / "tokens", ids, [n // 2 for n in range(90)], tiny_llama)
+    autoencoder = Autoencoder(48, 64, normalize=True, rng=rng)
+    autoencoder.b_enc.data -= 1
+    path = write_checkpoint(folder / "autoencoder.pt", dataset, tiny_llama, 1, 48, autoencoder)
+    return {"dataset_path": dataset, "autoencoder_path": path}
+
+
+def run_main(monkeypatch, flags, num_samples=60, stopping=lambda: False):
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    monkeypatch.setattr(sys, "argv", ["generate_interpretation_samples.py", str(num_samples), *words])
+    return script.main(script.parse_args()[1], stopping)
+
+
+def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, tiny):
+    def samples(name, **flags):
+        run_main(monkeypatch, tiny | {"save_path": tmp_path / name} | flags)
+        return load_samples(tmp_path / name)
+
+    first, batched = samples("a.pt"), samples("b.pt", batch_size=7)
+    samples("c.pt")
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
+    for field in ("rows", "activations", "features", "log10_frequency"):
+        assert torch.equal(getattr(first, field), getattr(batched, field)), field
+    assert not torch.equal(first.rows, samples("d.pt", seed=1).rows)
+
+
+def test_no_plot_when_not_wanted(tmp_path, tiny):
+    flags = [word for name, value in tiny.items() for word in (f"--{name}", value)]
+    result = run_script(
+        "generate_interpretation_samples.py", 20, *flags, "--no-save_plot", "--save_path", tmp_path / "s.pt"
+    )
+    assert result.returncode == 0 and os.listdir(tmp_path) == ["s.pt"], result.stderr
+
+
+def test_empty_band_is_refused(tmp_path, tiny):
+    flags = [word for name, value in tiny.items() for word in (f"--{name}", value)]
+    result = run_script(
+        "generate_interpretation_samples.py", 60, *flags, "--save_path", tmp_path / "s.pt",
+        "--log_freq_lower", -9, "--log_freq_upper", -8,
+    )  # fmt: skip
+    assert_refused(result, "-9 and -8", "from -", "alive")
+    assert os.listdir(tmp_path) == []
+
+
+def test_sigterm_leaves_nothing_behind(tmp_path, tiny):
+    flags = [word for name, value in tiny.items() for word in (f"--{name}", value)]
+    command = [sys.executable, ROOT / "generate_interpretation_samples.py", "90", *flags, "--save_path"]
+    process = subprocess.Popen(
+        [*command, tmp_path / "s.pt", "--batch_size", "1"], stderr=subprocess.PIPE, text=True
+    )
+    caught = 1 << (signal.SIGTERM - 1)
+    while process.poll() is None:  # until its handler is there
+        status = dict(
+            line.split(":\t", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+        )
+        if int(status["SigCgt"], 16) & caught:
+            process.terminate()
+            break
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "nothing was written" in errors, errors
+    assert "Traceback" not in errors and os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama, smollm2, small_dataset):
+    checkpoint, autoencoder = Path(tiny["autoencoder_path"]), Autoencoder(48, 64, normalize=True)
+
+    def other(name, **changes):
+        return write_checkpoint(
+            tmp_path / name,
+            tiny["dataset_path"],
+            changes.pop("model_name", tiny_llama),
+            1,
+            48,
+            autoencoder,
+            **changes,
+        )
+
+    (tmp_path / "short.pt").write_bytes(checkpoint.read_bytes()[:3000])
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"config": {}}))
+    fingerprint = load_checkpoint(checkpoint).config["dataset_fingerprint"]
+    cases = [
+        ({"log_freq_upper": -2, "log_freq_lower": -1}, "--log_freq_upper above .* got -2 and -1"),
+        ({"log_freq_upper": -1, "log_freq_lower": -1}, "--log_freq_upper above .* got -1 and -1"),
+        ({"dataset_path": tmp_path / "none"}, "tokenised dataset needed .*no such folder"),
+        ({"dataset_path": small_dataset}, f"made from fingerprint {fingerprint}, but {small_dataset}"),
+        ({"autoencoder_path": tmp_path / "none.pt"}, "no such file"),
+        ({"autoencoder_path": tmp_path / "short.pt"}, "truncated"),
+        ({"autoencoder_path": tmp_path / "pickle.pt"}, "truncated or no torch file"),
+        ({"target_model_name": smollm2}, f"{tiny_llama}.* needed, got {smollm2}"),
+        (
+            {"autoencoder_path": other("wide.pt", model_name=smollm2)},
+            f"{smollm2}, act_vec_size 48.* is 1536 wide",
+        ),
+        ({"autoencoder_path": other("deep.pt", hookpoint="model.layers.7.mlp")}, "no module of the model"),
+        ({"target_model_device": "cuda:77"}, "--target_model_device .*cuda:77"),
+        ({"autoencoder_device": "abacus"}, "--autoencoder_device .*abacus"),
+        ({"save_path": tmp_path}, "--save_path"),
+    ]
+    for flags, message in cases:
+        with pytest.raises(InputError, match=message):
+            run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"} | flags)
+    with pytest.raises(InputError, match=r"at most 90 .*tokens\) needed, got 91"):
+        run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"}, num_samples=91)
+    assert not (tmp_path / "s.pt").exists()
+
+
+@pytest.mark.parametrize(
+    "flag, value", [("--log_freq_upper", "0"), ("--log_freq_lower", "nan"), ("--num_top", "0")]
+)
+def test_bad_values_are_refused(flag, value):
+    assert_refused(run_script("generate_interpretation_samples.py", 5, flag, value), flag, value)
