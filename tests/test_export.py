@@ -9,7 +9,9 @@ from conftest import assert_refused, run_module
 from safetensors.torch import load_file
 from werkzeug import Response
 
+from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
+from sae.export import export as write
 
 METRICS = {"l0": 12.34, "explained_variance": 0.876, "loss_recovered": 0.91, "dead_share": 0.0625}
 
@@ -84,13 +86,13 @@ def test_safetensors_folder_holds_the_checkpoint_as_it_is(checkpoint, tmp_path):
 def test_card_is_written_from_the_checkpoints_own_metrics(checkpoint, tmp_path):
     from huggingface_hub import ModelCard
 
-    export(checkpoint, tmp_path / "out", "--model_name", "someone/other-llm")
+    write(checkpoint, tmp_path / "out", "sae_lens", "someone/other-llm")
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "someone/other-llm" and card.data.library_name == "sae_lens"
     for shown in ("| 12.3 |", "| 0.876 |", "| 0.910 |", "| 6.2% |"):
         assert shown in card.text
     (checkpoint.parent / "metrics.jsonl").unlink()
-    export(checkpoint, tmp_path / "without", "--format", "safetensors")
+    write(checkpoint, tmp_path / "without", "safetensors")
     card = ModelCard.load(tmp_path / "without" / "README.md")
     assert "No metrics" in card.text and card.data.library_name is None
 
@@ -99,9 +101,10 @@ def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     assert_refused(export(checkpoint, tmp_path / "out"), "new or empty folder", tmp_path / "out")
-    assert_refused(export(tmp_path / "none.pt", tmp_path / "new"), "none.pt", "no such file")
     (tmp_path / "torn.pt").write_bytes(checkpoint.read_bytes()[:100])
-    assert_refused(export(tmp_path / "torn.pt", tmp_path / "new"), "torn.pt", "truncated")
+    for path, came in ((tmp_path / "none.pt", "no such file"), (tmp_path / "torn.pt", "truncated")):
+        with pytest.raises(InputError, match=f"{path.name}.*{came}"):
+            write(path, tmp_path / "new", "sae_lens")
     assert_refused(export(checkpoint, tmp_path / "new", "--format", "onnx"), "onnx", "sae_lens")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run", "torn.pt"]
 
