@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae import InputError, explain, plan, prompts
 from sae.interpreter import Interpreter, digit_ids
@@ -169,14 +169,19 @@ def test_the_summary_counts_what_beats_its_control():
 
 
 @pytest.fixture(scope="module")
-def interpreter(tiny_llama):
-    return Interpreter(
-        AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), AutoTokenizer.from_pretrained(tiny_llama)
-    )
+def interpreter(smollm2):
+    """A small Llama that has strong opinions: random weights, larger than a real model's."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, initializer_range=0.3,
+    )  # fmt: skip
+    return Interpreter(LlamaForCausalLM(config).eval(), AutoTokenizer.from_pretrained(smollm2))
 
 
 def test_readings_are_those_of_a_plain_forward_pass_over_the_whole_text(interpreter):
     contexts = [["·import", "\\n", "x", "·"], ["def", "(", "self", "):"]]
+    interpreter.readings("what came before leaves no trace", contexts[:1], batch_size=2)
     read_CTd = interpreter.readings("the keyword import", contexts, batch_size=2)
     tokenizer, model = interpreter.tokenizer, interpreter.model
     head = prompts.chat(tokenizer, prompts.simulate_messages("the keyword import"))
@@ -185,7 +190,7 @@ def test_readings_are_those_of_a_plain_forward_pass_over_the_whole_text(interpre
             text = head + "".join(f"{token}\t0\n" for token in context[:place]) + f"{context[place]}\t"
             ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             logits_d = model(ids).logits[0, -1, [tokenizer.convert_tokens_to_ids(str(d)) for d in range(10)]]
-            torch.testing.assert_close(read_Td[place], logits_d.log_softmax(-1), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(read_Td[place], logits_d.log_softmax(-1), atol=1e-3, rtol=1e-3)
 
 
 def test_explanations_of_a_batch_are_those_of_generate_one_by_one(interpreter):
