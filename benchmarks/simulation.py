@@ -1,4 +1,4 @@
-"""How to read simulated activations off an LLM: correlation with planted features, right and wrong explanation.
+"""How to read simulated activations off an LLM: correlation with planted features.
 
     python benchmarks/simulation.py --model MODEL --tokenizer inputs/smollm2 --corpus inputs/stdlib
 
@@ -33,7 +33,7 @@ PLANTED = (
     ("underscores", lambda text: "_" in text),
     ("the keyword return", lambda text: text.strip() == "return"),
     ("quotation marks that begin or end a string", lambda text: "'" in text or '"' in text),
-    ("words about errors and exceptions", lambda text: bool(re.search("error|except|raise|warn", text.lower()))),
+    ("words about errors and exceptions", lambda text: bool(re.search("(?i)error|except|raise|warn", text))),
     ("digits and numbers", lambda text: any(char.isdigit() for char in text)),
     ("the keyword def", lambda text: text.strip() == "def"),
     ("new lines followed by indentation", lambda text: text.startswith("\n") and text.endswith(" ")),
@@ -59,7 +59,7 @@ def planted_contexts(tokenizer, corpus, length, tops, others):
 
 
 def table(readings, truths):
-    """Rows (how the values are read, median and mean right, mean wrong) from readings[explanation][feature]."""
+    """Rows (how the values are read, mean right, mean wrong) from readings[way][explanation, feature]."""
     count = len(truths)
 
     def judged(values, features=range(count)):
@@ -133,11 +133,10 @@ def main():
             seconds[earlier] = time.monotonic() - started
         if args.save:
             torch.save((readings, seconds), args.save)
+    print(f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(
-        f"{len(planted)} features, {len(truths[0])} contexts of {args.length} tokens each; python {' '.join(sys.argv)}"
+        f"{len(planted)} features, {len(truths[0])} contexts of {args.length} tokens each; "
+        f"python {' '.join(sys.argv)}"
     )
     print(json.dumps({f"seconds with {earlier}": round(value, 1) for earlier, value in seconds.items()}))
     print("| how the values are read | right | wrong |\n|---|---|---|")

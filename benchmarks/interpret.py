@@ -1,0 +1,104 @@
+"""Features explained and scored per minute, with 1 and 2 processes, beside the naive way.
+
+    python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/280.pt
+
+The naive way asks the same LLM to write the list of activations as text, up to 1,000 new tokens for each
+scored context, one context after the other, and has no control. Everything else is this suite's.
+"""
+
+import argparse
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def suite(args, processes, parallel, address):
+    """Features per minute of the script's own last line (models loaded, explanations, scores, controls)."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "samples.pt"
+        copy.write_bytes(Path(args.samples).read_bytes())
+        command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", 29777]
+        command += [ROOT / "interpret_autoencoder_deepspeed.py", address, "none", "--num_gpus", processes]
+        command += [
+            "--dataset_path",
+            args.dataset,
+            "--interpretation_samples_path",
+            copy,
+            "--parallel",
+            parallel,
+        ]
+        command += ["--autoencoder_path", args.autoencoder, "--interpretation_model_name", args.model]
+        command += ["--max_features", args.features, "--batch_size", args.features // 2]
+        command += ["--index", f"benchmark-{processes}-{parallel}"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    return float(re.search(r"([\d.]+) features/minute", done.stdout)[1])
+
+
+def naive(args):
+    """Features per minute when activations are written as text: (rate, new tokens a context)."""
+    import torch
+
+    from sae import models, plan, prompts
+    from sae.interpreter import Interpreter
+
+    material = plan.open_material(args.samples, args.dataset, args.autoencoder)
+    work = plan.Plan(material, 3, 3, 1, 2, 2)
+    tokenizer = models.load_tokenizer(args.model)
+    interpreter = Interpreter(models.load_model(args.model), tokenizer)
+    started, feature = time.monotonic(), work.feature(0)
+    shown = [
+        (context.visible(), prompts.scaled(context.values_T.tolist(), feature.max_activation, 10))
+        for context in feature.shown[:3]
+    ]
+    (explanation,) = interpreter.explanations([prompts.explain_question(shown)])
+    explaining, written, started = time.monotonic() - started, 0, time.monotonic()
+    for context in feature.scored[: args.naive_contexts]:
+        messages = prompts.simulate_messages(explanation)
+        messages[-1]["content"] += "\n\nTokens:\n" + "\n".join(context.visible())
+        ids = tokenizer(prompts.chat(tokenizer, messages), add_special_tokens=False, return_tensors="pt")[
+            "input_ids"
+        ]
+        with torch.inference_mode():
+            out = interpreter.model.generate(ids, max_new_tokens=1000, do_sample=False)
+        written += out.shape[1] - ids.shape[1]
+    contexts = min(args.naive_contexts, len(feature.scored))
+    simulating = (time.monotonic() - started) / contexts * len(feature.scored)
+    return 60 / (explaining + simulating), written / contexts
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--samples", required=True, help="interpretation samples")
+    parser.add_argument("--dataset", required=True, help="their tokenised dataset")
+    parser.add_argument("--autoencoder", required=True, help="their checkpoint")
+    parser.add_argument("--model", default=str(ROOT / "inputs/smollm2"), help="LLM that explains")
+    parser.add_argument("--features", type=int, default=8, help="features explained in each run")
+    parser.add_argument("--naive_contexts", type=int, default=2, help="contexts simulated the naive way")
+    args = parser.parse_args()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "DS_BUILD_OPS": "0"}
+    from servers import elasticsearch
+
+    print(f"{platform.machine()}, {os.cpu_count()} cores; python {' '.join(sys.argv)}", flush=True)
+    slow, written = naive(args)
+    print("| | features/minute | times the naive way |\n|---|---|---|")
+    print(
+        f"| naive, 1 process, {written:.0f} tokens written a context, no control | {slow:.2f} | 1 |",
+        flush=True,
+    )
+    with elasticsearch() as url:
+        for processes, parallel in ((1, "tensor"), (2, "data"), (2, "tensor")):
+            rate = suite(args, processes, parallel, url)
+            name = "1 process" if processes == 1 else f"{processes} processes, --parallel {parallel}"
+            print(f"| {name} | {rate:.1f} | {rate / slow:.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
