@@ -1,6 +1,6 @@
 """Features explained and scored per minute, with 1 and 2 processes, beside the naive way.
 
-    python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/280.pt
+    python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/N.pt
 
 The naive way asks the same LLM to write the list of activations as text, up to 1,000 new tokens for each
 scored context, one context after the other, and has no control. Everything else is this suite's.
