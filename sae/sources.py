@@ -25,6 +25,7 @@ BESIDE_DATA = {"readme.md", "license", "license.md", "license.txt", "dataset_inf
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
 STALL_S = 60
+BLOCK_TRIES = 4
 
 
 class Skipped(NamedTuple):
@@ -171,7 +172,7 @@ def _open_rows(arguments, name, options):
     import datasets
 
     # A broken connection is mended block by block here at first, and shard by shard in `_persistent`.
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = 4
+    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = BLOCK_TRIES
     datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
     if "://" in arguments.dataset_name:
         import aiohttp

@@ -161,8 +161,9 @@ class ArrowFiles:
         if self.full:
             return None
         handle = open(self.partial, "r+b" if self.state.bytes else "wb")  # noqa: SIM115
-        handle.truncate(self.state.bytes)
-        handle.seek(self.state.bytes)
+        if self.state.bytes:
+            handle.truncate(self.state.bytes)
+            handle.seek(self.state.bytes)
         return handle
 
     def _sync(self):
