@@ -71,7 +71,8 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
     result = run_script(
         "generate_interpretation_samples.py", 240, "--dataset_path", small_dataset,
         "--autoencoder_path", path, "--save_path", tmp_path / "s.pt", "--dtype_llm", "float32",
-        "--log_freq_lower", -2.5, "--log_freq_upper", -0.05, "--num_top", 10, "--num_spread", 8, "--num_random", 6,
+        "--log_freq_lower", -2.5, "--log_freq_upper", -0.05, "--num_top", 10, "--num_spread", 8,
+        "--num_random", 6,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert sorted(os.listdir(tmp_path)) == ["s.png", "s.pt"]
