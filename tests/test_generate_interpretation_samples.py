@@ -37,6 +37,7 @@ def plain_activations(model_name, layer, ids_NT):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.float32).eval()
+    model.model.layers = model.model.layers[: layer + 1]  # what lies behind does not reach the hookpoint
     seen = []
     model.model.layers[layer].mlp.act_fn.register_forward_hook(lambda _mod, _in, out: seen.append(out))
     with torch.no_grad():
