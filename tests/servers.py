@@ -53,6 +53,7 @@ class NoidaServer:
         flags = ["--only", "elasticsearch", "--elasticsearch-port", str(self.port)]
         self.process = subprocess.Popen(
             [program, "start", *flags, "--data-dir", self._folder.name],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,

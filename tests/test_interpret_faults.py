@@ -245,6 +245,8 @@ def test_runs_killed_at_random_moments_end_with_the_same_documents(run, server, 
             time.sleep(rng.uniform(0, 0.2))
         else:
             time.sleep(rng.uniform(0, 10))
+        assert server.process.poll() is None, f"noida-db ended with {server.process.poll()}"
+        assert process.poll() in (None, 0), (run.folder / "log").read_text()
         kill(process)
         moments.append(run.lines())
     print(f"documents in the journal at each kill: {moments}")
