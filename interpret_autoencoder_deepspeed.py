@@ -56,22 +56,24 @@ def interpret(args):  # in each process
     here = processes.join(args.num_gpus)
     path = Path(args.interpretation_samples_path).with_suffix(".explanations.jsonl")
     files = args.interpretation_samples_path, args.dataset_path, args.autoencoder_path
-    done, name = {}, args.interpretation_model_name
+    documents, name = {}, args.interpretation_model_name
     with here.first_decides():
         if here.rank == 0:
             material = plan.open_material(*files)
             models.skeleton(name)
             digit_ids(models.load_tokenizer(name))
             origin = material.origin(name, args.simulation)
-            done, torn = journal.read_journal(path)
-            plan.check_journal(done, origin, path)
+            documents, torn = journal.read_journal(path)
+            plan.check_journal(documents, origin, path)
             client = elastic.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
             index = args.index or elastic.index_name(material.samples.config)
             elastic.ensure_index(client, index, material.samples.autoencoder_fingerprint)
-            lacking = elastic.missing(client, index, done.values())
+            lacking = elastic.missing(client, index, documents.values())
             dropped = ", a torn last line dropped" if torn else ""
-            print(f"{path}: {len(done)} features done{dropped}; {index} lacks {len(lacking)}", flush=True)
-    done = here.everyone(set(done))[0]
+            print(
+                f"{path}: {len(documents)} features done{dropped}; {index} lacks {len(lacking)}", flush=True
+            )
+    done = here.everyone(set(documents))[0]
     material = material if here.rank == 0 else plan.open_material(*files)
     work = plan.Plan(
         material, args.num_interpretation_samples, args.num_simulation_samples, args.num_explanations,
@@ -79,10 +81,10 @@ def interpret(args):  # in each process
     )  # fmt: skip
     pending = [number for number, group in enumerate(work.groups) if not done >= set(work.dims(group))]
 
-    skipped = work.count - sum(len(work.groups[number]) for number in pending)
-    bar = tqdm(total=work.count, initial=skipped, unit="feature", disable=here.rank > 0)
+    todo = sum(len(work.groups[number]) for number in pending)
+    bar = tqdm(total=work.count, initial=work.count - todo, unit="feature", disable=here.rank > 0)
 
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, bar:
         stopping = stack.enter_context(cli.stop_requested(forwarded=True))
         if here.rank == 0:
             writer = stack.enter_context(elastic.Writer(client, index, args.server_patience))
@@ -92,25 +94,27 @@ def interpret(args):  # in each process
         interpreter = Interpreter(
             processes.load_model(here, name, args.dtype, args.parallel), models.load_tokenizer(name)
         ) if pending else None  # fmt: skip
-        started, new = time.monotonic(), []
-        for results in stack.enter_context(bar) and explain.explained(
+        started = time.monotonic()
+        rounds = explain.explained(
             work, pending, here, args.parallel, interpreter,
             args.simulation, args.num_interpretation_samples, args.num_explanations, args.seed,
-        ):  # fmt: skip
+        )  # fmt: skip
+        for results in rounds:
             bar.update(len(results))
             if here.rank == 0:
                 for document in (origin | result for result in results if result["dim"] not in done):
                     book.append(document)
                     writer.submit(document)
-                    new.append(document)
+                    documents[document["dim"]] = document
             if any(here.everyone(stopping())):
                 if here.rank == 0:
-                    print(f"stopped: {len(done) + len(new)} features are in {path}, the same command goes on")
+                    print(f"stopped: {len(documents)} features are in {path}, the same command goes on")
                 sys.exit(cli.STOPPED)  # an exit leaves the writer without waiting for a server that is down
         seconds = time.monotonic() - started
     if here.rank:
         return 0
-    print(explain.summary(new, seconds), f"wrote {path}; {writer.sent} documents sent to {index}", sep="\n")
+    summary = explain.summary(documents.values(), len(documents) - len(done), seconds)
+    print(summary, f"wrote {path}; {writer.sent} documents sent to {index}", sep="\n")
     for dim, reason in writer.rejected:
         print(f"feature {dim}: rejected by the server: {reason}", file=sys.stderr)
     if writer.unsent:

@@ -15,15 +15,18 @@ STEEPNESS, THRESHOLD = 2.0, 4.0  # of `simulated`; benchmarks/simulation.py hold
 BOOTSTRAPS = 1000
 
 
-def summary(documents, seconds):
-    """One line: features done, median score and control, share of features whose score beats the control."""
+def summary(documents, new, seconds):
+    """One line: features done, median score and control, share of scores that beat their control, speed.
+
+    `new` of the documents were made in this run's `seconds`.
+    """
     scored = [doc for doc in documents if doc["score"] is not None and doc["control"] is not None]
     figures = "no score is defined"
     if scored:
         score, control = (statistics.median(doc[key] for doc in scored) for key in ("score", "control"))
         share = sum(doc["score"] > doc["control"] for doc in scored) / len(scored)
         figures = f"median score {score:.2f}, median control {control:.2f}, {share:.0%} beat their control"
-    rate = f"{seconds:.0f} s, {60 * len(documents) / max(seconds, 1e-9):.1f} features/minute"
+    rate = f"{new} in {seconds:.0f} s, {60 * new / max(seconds, 1e-9):.1f} features/minute"
     return f"{len(documents)} features explained: {figures}; {rate}"
 
 

@@ -1,13 +1,14 @@
 """The processes that `deepspeed` started: who they are, what they tell each other, a model among them."""
 
 import os
+import sys
 import time
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from sae import InputError, cli
 
-OTHERS_WAIT_S = 5
+OTHERS_WAIT_S = 20
 
 
 class Processes(NamedTuple):
@@ -36,8 +37,9 @@ class Processes(NamedTuple):
         said = self.everyone(None if trouble is None else str(trouble))[0]
         if trouble is not None:
             raise trouble
-        if said is not None:
-            raise InputError(said)
+        if said is not None:  # the first one prints it, and the launcher ends us when it has left
+            time.sleep(OTHERS_WAIT_S)
+            sys.exit(2)
 
 
 def join(num_gpus):

@@ -162,10 +162,10 @@ def test_a_context_is_read_under_the_neutral_explanation_once_and_always_in_the_
 
 def test_the_summary_counts_what_beats_its_control():
     documents = [{"score": s, "control": c} for s, c in ((0.5, 0.1), (0.1, 0.2), (None, None), (0.3, 0.0))]
-    said = explain.summary(documents, 60.0)
+    said = explain.summary(documents, 2, 60.0)
     assert "4 features explained: median score 0.30, median control 0.10, 67% beat" in said
-    assert "60 s, 4.0 features/minute" in said
-    assert "no score is defined" in explain.summary(documents[2:3], 1.0)
+    assert "2 in 60 s, 2.0 features/minute" in said
+    assert "no score is defined" in explain.summary(documents[2:3], 1, 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,8 @@ def test_stopped_by_a_signal_it_journals_the_step_and_goes_on_to_the_same(
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
     status, said, documents = finish(process, tmp_path)
-    assert status != 0 and "the same command goes on" in said and "Traceback" not in said
+    assert status != 0 and "the same command goes on" in said
+    assert 'deepspeed.py", line' not in said  # a traceback of ours; the launcher has one of its own
     assert 2 <= len(documents) < len(WORDS) and len(documents) % 2 == 0
     status, said, documents = finish(
         start(tmp_path, inputs, elasticsearch_url, model, index="sae-stop"), tmp_path
