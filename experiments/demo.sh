@@ -11,7 +11,7 @@ mkdir -p $out
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/5 tokenise the standard library"
-python generate_tokenized_dataset.py 2 4000 --num_processes 2 --min_tokens 128 --chunk_documents \
+python generate_tokenized_dataset.py 2 8000 --num_processes 2 --min_tokens 64 --chunk_documents \
     --tokenizer_name $model --dataset_name inputs/stdlib --save_path $out/tokens
 
 step "2/5 train an autoencoder on layer 10 of SmolLM2: 1536 -> 6144"
