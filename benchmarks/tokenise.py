@@ -75,7 +75,7 @@ def _write_parquet(path, rows):
 
 
 def suite(corpus, out, tokenizer_path, length, contexts, processes):
-    """Seconds to write `contexts` contexts with so many processes; peak memory of the largest worker, MB."""
+    """Write contexts; returns seconds, CPU seconds, and the peak memory of the largest worker in MB."""
     from sae import tokenise
 
     flags = FLAGS | {
@@ -88,9 +88,16 @@ def suite(corpus, out, tokenizer_path, length, contexts, processes):
         "text_field": None,
     }
     tokenizer_json = (Path(tokenizer_path) / "tokenizer.json").read_text()
-    start = time.perf_counter()
+    start = time.perf_counter(), cpu_seconds()
     tokenise.write_dataset(out, flags, tokenizer_json, 0, lambda: False)
-    return time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    return time.perf_counter() - start[0], cpu_seconds() - start[1], peak
+
+
+def cpu_seconds():
+    """Of this process and of its children that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def apart(function, *arguments):
@@ -124,41 +131,35 @@ def main():
     datasets.disable_progress_bars()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     texts, length = read_corpus(args.corpus), args.min_tokens
-    rates = {}
+    rates, cpu_rates = {}, {}
 
-    def note(name, kept, seconds):
-        rates[name] = kept * length / seconds
-        print(
-            f"{name:44s} {rates[name]:>10,.0f} kept tokens/s  ({kept} contexts in {seconds:.2f} s)",
-            flush=True,
-        )
+    def note(name, kept, seconds, cpu):
+        rates[name], cpu_rates[name] = kept * length / seconds, kept * length / cpu
+        print(f"{name:30s} {rates[name]:>9,.0f} kept tokens/s, {cpu_rates[name]:>9,.0f} per CPU second")
+        print(f"{'':30s} ({kept} contexts in {seconds:.1f} s, {cpu:.1f} CPU seconds)", flush=True)
 
     for name, way in (("(a) one document at a time", one_by_one), ("(b) datasets.map, batched", batched_map)):
-        start = time.perf_counter()
+        start = time.perf_counter(), cpu_seconds()
         kept = way(tokenizer, texts, length)
-        note(name, kept, time.perf_counter() - start)
+        note(name, kept, time.perf_counter() - start[0], cpu_seconds() - start[1])
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         shards = write_shards(scratch / "shards", texts, copies=args.copies)
         contexts = kept * args.copies * 9 // 10
         for processes in (1, 2):
-            seconds, _memory = apart(
-                suite, shards, scratch / f"out{processes}", args.tokenizer, length, contexts, processes
-            )
-            note(
-                f"suite, {processes} process{'es' * (processes > 1)}",
-                contexts // processes * processes,
-                seconds,
-            )
-        one, two = rates["suite, 1 process"], rates["suite, 2 processes"]
-        print(f"suite / (a)  {one / rates['(a) one document at a time']:.1f}")
-        print(f"suite / (b)  {one / rates['(b) datasets.map, batched']:.1f}")
-        print(f"2 processes / 1  {two / one:.2f}")
+            arguments = (args.tokenizer, length, contexts, processes)
+            seconds, cpu, _peak = apart(suite, shards, scratch / f"out{processes}", *arguments)
+            name = f"suite, {processes} process{'es' * (processes > 1)}"
+            note(name, contexts // processes * processes, seconds, cpu)
+        for other in list(rates)[:2]:
+            wall, cpu = (each["suite, 1 process"] / each[other] for each in (rates, cpu_rates))
+            print(f"suite, 1 process / {other}: {wall:.1f} ({cpu:.1f} per CPU second)")
+        print(f"2 processes / 1 process: {rates['suite, 2 processes'] / rates['suite, 1 process']:.2f}")
         for megabytes in args.memory:
             shards = write_shards(scratch / f"{megabytes}", texts, megabytes=megabytes)
             size = sum(len(text) for text in texts) / len(texts)
             contexts = int(kept / len(texts) * megabytes * 1e6 / size * 0.8)
-            _seconds, memory = apart(
+            *_seconds, memory = apart(
                 suite, shards, scratch / f"m{megabytes}", args.tokenizer, length, contexts, 1
             )
             print(f"peak memory of a worker over {megabytes} MB of text: {memory:.0f} MB", flush=True)

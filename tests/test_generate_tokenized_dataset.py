@@ -261,7 +261,7 @@ def test_a_worker_goes_on_from_what_any_moment_left_on_the_disk(tmp_path, monkey
     flags = {
         "chunk_documents": True,
         "num_files": 3,
-        "num_samples_per_file": 45,
+        "num_samples_per_file": 245,
         "dataset_name": str(parquet),
     }
     plan = tokenise.make_plan(FLAGS | flags, tokenizer.to_str())
@@ -273,9 +273,18 @@ def test_a_worker_goes_on_from_what_any_moment_left_on_the_disk(tmp_path, monkey
         shutil.copytree(folder, moments[-1])
 
     assert tokenise.run_worker(folder, plan, 0, snapshot, lambda: False, None)
-    assert len(moments) > 4
+    assert len(moments) > 9
     last = tokens.load_states(folder, plan)
-    for moment in moments:
+    for n, moment in enumerate(moments):
+        (state,) = tokens.load_states(moment, plan)
+        partial = moment / "worker-00000.partial"
+        if n % 2 and state.files < 3:  # killed after a file got its name, before the state said so
+            name = f"data-{state.files:05d}-of-00003.arrow"
+            shutil.copy(folder / "dataset" / name, moment / "dataset")
+            partial.unlink(missing_ok=True)
+        elif partial.exists():  # killed in the middle of writing
+            with open(partial, "ab") as handle:
+                handle.write(b"half a batch of rows")
         assert tokenise.run_worker(moment, plan, 0, lambda _counts: None, lambda: False, None)
         assert content(moment / "dataset") == content(folder / "dataset")
         assert tokens.load_states(moment, plan) == last
