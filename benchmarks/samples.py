@@ -51,7 +51,8 @@ def time_pass(dataset_path, autoencoder_path, contexts):
         books += time.perf_counter() - middle
     features = survey.log10_frequency()
     start = time.perf_counter()
-    kept = survey.choose(samples.in_band(features, -2.0, -0.1), 16)[0].unique()
+    contexts_FK = survey.choose(samples.in_band(features, -2.0, -0.1), 16)[0]
+    kept = contexts_FK[contexts_FK >= 0].unique()
     choosing = time.perf_counter() - start
     print(f"autoencoder {run.checkpoint.config['act_vec_size']} -> {len(features)}, LLM in {run.model.dtype}")
     print(
