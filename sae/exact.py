@@ -159,15 +159,26 @@ def _never_crosses(pattern, space):
     import regex
 
     plain = pattern.replace(r"(?!\S)", "")
+    # Words spelt out, which no text tried here might begin.
+    if regex.search("[A-Za-z]{3}", regex.sub(r"\\[pP]\{\^?\w+\}", "", plain)):
+        return False
     if regex.search(r"\(\?[=!<PR(]|\\[bBAzZGK1-9]|\$|&&|\[\[|\.|(?<!\[)\^", plain):
         return False
     try:
         compiled = regex.compile(plain)
     except regex.error:
         return False
-    before = ["", *(a + b for a in ("", *"aA1 \n\r'._-/é中") for b in "aA1 \n\r'._-/é中")]
+    some = "aA1 \n\r'._-/é中"
+    before = [
+        "",
+        *some,
+        *(a + b for a in some for b in some),
+        *(a * n for a in "aA1 '" for n in range(3, 17)),
+    ]
     return not any(
-        compiled.fullmatch(start + letter + space, partial=True) for start in before for letter in "aAsS"
+        compiled.fullmatch(start + letter + space, partial=True)
+        for start in before
+        for letter in (LETTERS if len(start) < 2 else "aAsS")
     )
 
 

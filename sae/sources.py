@@ -1,6 +1,8 @@
 """Documents from a folder or file, from web addresses or from the hub, shared out among processes."""
 
+import os
 import random
+import re
 import sys
 import urllib.error
 import urllib.request
@@ -118,7 +120,9 @@ def open_source(arguments):
     kind = _data_kind(path, files)
     if kind:
         files = [str(file) for file in files if _ending(file) == kind]
-        return _open_rows(arguments, BUILDERS[kind], {"data_files": {arguments.split: files}})
+        of_split = re.compile(rf"(^|[-_./]){re.escape(arguments.split)}([-_./]|$)")
+        named = [file for file in files if of_split.search(os.path.relpath(file, base))]
+        return _open_rows(arguments, BUILDERS[kind], {"data_files": {arguments.split: named or files}})
     if not files:
         raise InputError(f"documents needed in {path}, it holds no file")
     return Files([str(file) for file in files])
@@ -158,8 +162,6 @@ def _remote(arguments):
 
 def _spread(address):
     """`shard-{00..15}.parquet` as its 16 addresses."""
-    import re
-
     match = re.search(r"\{(\d+)\.\.(\d+)\}", address)
     if not match:
         return [address]

@@ -192,7 +192,14 @@ def test_cuts_are_found_where_they_are_safe_and_only_there(tokenizers):
     assert "t" not in letters and "x" not in letters  # added tokens end there
     assert " " not in white_space and "\n" in white_space  # "for x" reaches over a space
     backend = Tokenizer.from_str(tokenizers["byte-level"].to_str())
-    for pattern in (r"\w+\s?", r"\p{L}+(?=\s)|\s+", r"[^\n]+|\n", r"\S+\s+\S|\s+|\S"):
+    for pattern in (
+        r"\w+\s?",
+        r"\p{L}+(?=\s)|\s+",
+        r"[^\n]+|\n",
+        r"\S+\s+\S|\s+|\S",
+        r"\p{L}{6}\s|\s+",
+        r"import |\s+|\S+",
+    ):
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
         )
@@ -284,6 +291,13 @@ def test_data_files_are_dealt_out(kind, shards):
         dealt = _deal(source, processes)
         assert sorted(chain(*dealt)) == everything
         assert min(map(len, dealt)) > 0
+
+
+def test_only_files_of_the_split_are_read(shards):
+    (shards / "parquet" / "0.parquet").rename(shards / "parquet" / "test-0.parquet")
+    (shards / "parquet" / "1.parquet").rename(shards / "parquet" / "train-1.parquet")
+    assert sorted(_deal(_source(shards / "parquet"), 1)[0]) == sorted(f"document {n}" for n in range(10, 20))
+    assert _deal(_source(shards / "parquet", split="test"), 1)[0] == [f"document {n}" for n in range(10)]
 
 
 def test_reading_goes_on_from_every_position(shards, tree):
