@@ -17,7 +17,7 @@ python generate_tokenized_dataset.py 2 8000 --num_processes 2 --min_tokens 64 --
 step "2/5 train an autoencoder on layer 10 of SmolLM2: 1536 -> 6144"
 python train_autoencoder_from_tokens.py 10 mlp_activations --dataset_path $out/tokens --model_name $model \
     --save_path $out/run --num_batches 280 --batch_size_autoencoder 1024 --num_batches_preload 60 \
-    --learning_rate 1e-3 --batches_between_ckpt 0 --resume
+    --learning_rate 1e-3 --batches_between_ckpt 140 --resume
 
 step "3/5 collect the contexts that activate each feature"
 [ -e $out/samples.pt ] || python generate_interpretation_samples.py 600 --dataset_path $out/tokens \
@@ -33,7 +33,7 @@ if [ -z "$server" ]; then
 fi
 deepspeed --num_gpus 2 interpret_autoencoder_deepspeed.py "$server" "$key" --num_gpus 2 --parallel data \
     --dataset_path $out/tokens --interpretation_samples_path $out/samples.pt \
-    --autoencoder_path $out/run/280.pt --interpretation_model_name $model --max_features 24
+    --autoencoder_path $out/run/280.pt --interpretation_model_name $model --max_features 24 --batch_size 12
 
 step "5/5 look: the index, a search, and a page"
 index=smollm2_mlp_activations_10_1536_6144_0.001_1.0
