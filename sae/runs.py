@@ -184,6 +184,7 @@ class RunFolder:
 
     def save_resume(self, trainer):
         """All that only going on needs, in one atomic file."""
+        trainer.finite_losses()  # refuses to replace a good state by a broken one
         with open(self._metrics, "ab") as handle:
             os.fsync(handle.fileno())
             size = handle.tell()
@@ -193,6 +194,7 @@ class RunFolder:
 
     def save_checkpoint(self, trainer, figures):
         """`<trained_batches>.pt`, a metrics line, plots; resume.pt last: a kill between repeats all."""
+        trainer.finite_losses()
         batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
         log10_frequency = trainer.take_log10_frequency()
         config = self.config | {"trained_batches": batch, "trained_tokens": tokens}

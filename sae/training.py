@@ -165,13 +165,18 @@ class Trainer:
             )  # fmt: skip
         return events
 
-    def log_line(self):
-        """Mean losses since the last log line; raises InputError naming the batch where one is not finite."""
-        losses_L3 = torch.stack(self.losses).double().cpu()
+    def finite_losses(self):
+        """Losses since the last log line [batches, 3]; InputError names the first that is not finite."""
+        losses_L3 = torch.stack(self.losses).double().cpu() if self.losses else torch.zeros(0, 3)
         bad = (~torch.isfinite(losses_L3).all(1)).nonzero()[:, 0].tolist()
         if bad:
             batch = self.batch - len(self.losses) + bad[0] + 1
             raise InputError(f"a finite loss needed, batch {batch} gave {losses_L3[bad[0], :2].sum():g}")
+        return losses_L3
+
+    def log_line(self):
+        """Mean losses since the last log line."""
+        losses_L3 = self.finite_losses()
         mse, l1, l0 = losses_L3.mean(0).tolist()
         self.losses = []
         dead = int((self.silent_F >= min(DEAD_WINDOW, self.batch)).sum())

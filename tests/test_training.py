@@ -6,6 +6,7 @@ import torch
 from sae import InputError
 from sae.autoencoder import Autoencoder
 from sae.buffer import ShuffleBuffer
+from sae.runs import RunFolder
 from sae.training import Resampling, Trainer, geometric_median, train
 
 L1 = 0.3
@@ -110,6 +111,20 @@ def test_a_loss_that_is_not_finite_names_its_batch():
 
     with pytest.raises(InputError, match=r"batch 21 gave (nan|inf)"):
         list(train(new_trainer(), ShuffleBuffer(poisoned(), 50, 60, 1, 0), 60, None, 0))
+
+
+def test_a_broken_state_is_never_saved(tmp_path):
+    trainer = new_trainer()
+    folder = RunFolder(tmp_path, {"batch_size_autoencoder": 8}, None)
+    trainer.step(rows(8))
+    folder.save_resume(trainer)
+    before = (tmp_path / "resume.pt").read_bytes()
+    trainer.step(torch.full((8, 6), float("nan")))
+    for save in (folder.save_resume, lambda trainer: folder.save_checkpoint(trainer, {})):
+        with pytest.raises(InputError, match="batch 2 gave nan"):
+            save(trainer)
+    assert (tmp_path / "resume.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["resume.pt"]
 
 
 @pytest.mark.parametrize("stop", [3, 57, 90])
