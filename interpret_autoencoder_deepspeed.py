@@ -40,6 +40,7 @@ def parse_args():
     add("--simulation", choices=["contrastive", "expected"], default="contrastive",
         help="read against a neutral explanation, or the expected value alone")  # fmt: skip
     add("--num_explanations", type=COUNT, default=1, help="written per feature, the best is kept")
+    add("--features", type=cli.whole_number(0), nargs="+", help="explain these features (default: all)")
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
     add("--batch_size", type=COUNT, default=8, help="features explained and simulated together")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLM")
@@ -55,7 +56,7 @@ def interpret(args):  # in each process
 
     here = processes.join(args.num_gpus)
     path = Path(args.interpretation_samples_path).with_suffix(".explanations.jsonl")
-    files = args.interpretation_samples_path, args.dataset_path, args.autoencoder_path
+    files = args.interpretation_samples_path, args.dataset_path, args.autoencoder_path, args.features or ()
     documents, name = {}, args.interpretation_model_name
     with here.first_decides():
         if here.rank == 0:

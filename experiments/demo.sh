@@ -31,9 +31,11 @@ if [ -z "$server" ]; then
     noida-db up --only elasticsearch --data-dir $out/server --elasticsearch-port "$port" >$out/server.log 2>&1
     server=http://127.0.0.1:$port
 fi
+# SmolLM2 is a small model to explain with: it gets the features that fire on one word of Python.
+features=$(python experiments/keyword_features.py $out/samples.pt $out/tokens 24)
 deepspeed --num_gpus 2 interpret_autoencoder_deepspeed.py "$server" "$key" --num_gpus 2 --parallel data \
     --dataset_path $out/tokens --interpretation_samples_path $out/samples.pt \
-    --autoencoder_path $out/run/280.pt --interpretation_model_name $model --max_features 24 --batch_size 12
+    --autoencoder_path $out/run/280.pt --interpretation_model_name $model --features $features --batch_size 12
 
 step "5/5 look: the index, a search, and a page"
 index=smollm2_mlp_activations_10_1536_6144_0.001_1.0

@@ -11,7 +11,7 @@ import torch
 
 from sae import InputError, prompts
 from sae.artifacts import check_origin, fingerprint
-from sae.samples import RANDOM, SPREAD, TOP, Samples, load_samples
+from sae.samples import RANDOM, SPREAD, TOP, Samples, load_samples, only
 
 JUDGING = 2  # top contexts, and as many others, that choose among several explanations
 
@@ -38,8 +38,11 @@ class Material(NamedTuple):
         }
 
 
-def open_material(samples_path, dataset_path, autoencoder_path):
-    """The Material of a run; raises InputError unless samples, dataset and autoencoder belong together."""
+def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
+    """The Material of a run, of the features `dims` alone where some are given.
+
+    Raises InputError unless samples, dataset and autoencoder belong together.
+    """
     from sae.models import load_tokenizer
     from sae.tokens import open_dataset
 
@@ -50,6 +53,7 @@ def open_material(samples_path, dataset_path, autoencoder_path):
     if not Path(autoencoder_path).is_file():
         raise InputError(f"an autoencoder checkpoint needed at {autoencoder_path}, no such file")
     check_origin(what, samples.autoencoder_fingerprint, fingerprint(autoencoder_path), autoencoder_path)
+    samples = only(samples, dims) if dims else samples
     return Material(samples, dataset, load_tokenizer(info["tokenizer_name"]), fingerprint(samples_path))
 
 

@@ -49,6 +49,16 @@ def load_samples(path):
     return Samples(**{field: content[field] for field in Samples._fields})
 
 
+def only(samples, dims):
+    """The Samples of these features alone; InputError names those that were not selected."""
+    missing = sorted(set(dims) - set(samples.features.tolist()))
+    if missing:
+        raise InputError(f"features of the samples needed, {', '.join(map(str, missing))} are not among them")
+    chosen_F = torch.isin(samples.features, torch.tensor(dims))
+    parts = ("features", "max_activation", "rows", "activations", "kind")
+    return samples._replace(**{part: getattr(samples, part)[chosen_F] for part in parts})
+
+
 def between(log10_frequency, lower, upper):
     return (log10_frequency > lower) & (log10_frequency < upper)
 

@@ -14,6 +14,7 @@ from sae.samples import (
     feature_activations,
     in_band,
     load_samples,
+    only,
     read_activations,
     save_samples,
 )
@@ -231,3 +232,19 @@ def test_round_trip(tmp_path):
             else value == getattr(back, name)
         )
         assert same, name
+
+
+def test_only_keeps_the_asked_features_in_ascending_order():
+    F, K, T = 3, 2, 4
+    samples = Samples(
+        {}, "d", "a", 9, torch.zeros(8), torch.tensor([2, 5, 7]), torch.tensor([1.0, 2.0, 3.0]),
+        torch.arange(F * K).view(F, K), torch.arange(F * K * T).view(F, K, T).half(), torch.zeros(F, K).char(),
+    )  # fmt: skip
+    some = only(samples, [7, 2])
+    assert some.features.tolist() == [2, 7]
+    assert some.max_activation.tolist() == [1.0, 3.0]
+    assert some.rows.tolist() == [[0, 1], [4, 5]]
+    assert torch.equal(some.activations, samples.activations[[0, 2]])
+    assert len(some.log10_frequency) == 8
+    with pytest.raises(InputError, match="3, 9 are not among them"):
+        only(samples, [9, 2, 3])
