@@ -238,7 +238,8 @@ def test_only_keeps_the_asked_features_in_ascending_order():
     F, K, T = 3, 2, 4
     samples = Samples(
         {}, "d", "a", 9, torch.zeros(8), torch.tensor([2, 5, 7]), torch.tensor([1.0, 2.0, 3.0]),
-        torch.arange(F * K).view(F, K), torch.arange(F * K * T).view(F, K, T).half(), torch.zeros(F, K).char(),
+        torch.arange(F * K).view(F, K), torch.arange(F * K * T).view(F, K, T).half(),
+        torch.zeros(F, K).char(),
     )  # fmt: skip
     some = only(samples, [7, 2])
     assert some.features.tolist() == [2, 7]
