@@ -48,13 +48,13 @@ def batched_map(tokenizer, texts, length):
     return sum(len(ids) == length for ids in dataset["input_ids"])
 
 
-def write_shards(folder, texts, megabytes=None, copies=1):
-    """The texts, `copies` times or as often as `megabytes` need, in 4 parquet files."""
+def write_shards(folder, texts, megabytes):
+    """The texts, as often as `megabytes` need, in parquet files of about 10 MB of text."""
     folder.mkdir()
-    size = sum(len(text.encode()) for text in texts)
-    count = len(texts) * copies if megabytes is None else int(len(texts) * megabytes * 1e6 / size)
-    for shard in range(4):
-        rows = ({"text": f"# {n}\n{texts[n % len(texts)]}"} for n in range(shard, count, 4))
+    count = int(len(texts) * megabytes * 1e6 / sum(len(text.encode()) for text in texts))
+    shards = max(2, int(megabytes / 10))
+    for shard in range(shards):
+        rows = ({"text": f"# {n}\n{texts[n % len(texts)]}"} for n in range(shard, count, shards))
         _write_parquet(folder / f"{shard}.parquet", rows)
     return folder
 
@@ -131,6 +131,7 @@ def main():
     datasets.disable_progress_bars()
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     texts, length = read_corpus(args.corpus), args.min_tokens
+    size = sum(len(text.encode()) for text in texts)
     rates, cpu_rates = {}, {}
 
     def note(name, kept, seconds, cpu):
@@ -144,7 +145,7 @@ def main():
         note(name, kept, time.perf_counter() - start[0], cpu_seconds() - start[1])
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        shards = write_shards(scratch / "shards", texts, copies=args.copies)
+        shards = write_shards(scratch / "shards", texts, size * args.copies / 1e6)
         contexts = kept * args.copies * 9 // 10
         for processes in (1, 2):
             arguments = (args.tokenizer, length, contexts, processes)
@@ -156,9 +157,8 @@ def main():
             print(f"suite, 1 process / {other}: {wall:.1f} ({cpu:.1f} per CPU second)")
         print(f"2 processes / 1 process: {rates['suite, 2 processes'] / rates['suite, 1 process']:.2f}")
         for megabytes in args.memory:
-            shards = write_shards(scratch / f"{megabytes}", texts, megabytes=megabytes)
-            size = sum(len(text) for text in texts) / len(texts)
-            contexts = int(kept / len(texts) * megabytes * 1e6 / size * 0.8)
+            shards = write_shards(scratch / f"{megabytes}", texts, megabytes)
+            contexts = int(kept * megabytes * 1e6 / size * 0.8)
             *_seconds, memory = apart(
                 suite, shards, scratch / f"m{megabytes}", args.tokenizer, length, contexts, 1
             )
