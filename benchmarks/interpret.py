@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--autoencoder", required=True, help="their checkpoint")
     parser.add_argument("--model", default=str(ROOT / "inputs/smollm2"), help="LLM that explains")
     parser.add_argument("--features", type=int, default=8, help="features explained in each run")
-    parser.add_argument("--naive_contexts", type=int, default=2, help="contexts simulated the naive way")
+    parser.add_argument("--naive_contexts", type=int, default=1, help="contexts simulated the naive way")
     args = parser.parse_args()
     os.environ |= {"HF_HUB_OFFLINE": "1", "DS_BUILD_OPS": "0"}
     from servers import elasticsearch

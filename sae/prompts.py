@@ -22,19 +22,20 @@ SIMULATE = (
 )
 REPLY = "The feature fires on"
 
-# Features made up for the few-shot part: what they fire on, and (text, strength) of each token.
+# Features made up for the few-shot part: what they fire on, and token:strength of a context. The explanations
+# name tokens: small models then name the ones they see, instead of repeating an explanation they were shown.
 SHOTS = (
     (
-        "the keyword import and the word from before it",
-        "from:8|·os:0|·import:9|·path:0|\\n:0|import:9|·re:0|\\n:0|def:0|·read:0|(:0|name:0|)::0|\\n:0",
+        "the word import",
+        "from:0|·os:0|·import:9|·path:0|\\n:0|import:8|·re:0|\\n:0|def:0|·read:0|(:0|name:0|)::0|\\n:0",
     ),
     (
-        "closing parentheses and brackets",
+        "closing brackets, ) and ]",
         "x:0|·=:0|·f:0|(:0|a:0|[:0|1:0|]:7|):9|\\n:0|print:0|(:0|x:0|):9|\\n:0|return:0|·x:0|\\n:0",
     ),
     (
-        "words about files and folders",
-        "···:0|·with:0|·open:5|(:0|file:9|name:3|):0|·as:0|·handle:4|:::0|\\n:0|···:0|·folder:9|·=:0|·1:0",
+        "words about files, such as file, open and folder",
+        "···:0|·with:0|·open:5|(:0|file:9|name:3|):0|·as:0|·handle:0|:::0|\\n:0|···:0|·folder:9|·=:0|·1:0",
     ),
 )  # fmt: skip
 
