@@ -54,7 +54,11 @@ def main():
     flags = vars(args)
     save_path = flags.pop("save_path")
     with parser.friendly_errors(), cli.stop_requested() as stopping:
-        from sae import InputError, models, tokenise
+        from sae import sources, tokenise
+
+        tokenise.read_finished(save_path, flags)
+        sources.refuse_missing(args.dataset_name)
+        from sae import InputError, models  # imports torch and transformers, which takes seconds
 
         tokenizer = models.load_tokenizer(args.tokenizer_name)
         if not tokenizer.is_fast:

@@ -102,13 +102,17 @@ def _is_unicode(text):
         return False
 
 
+def refuse_missing(name):
+    """InputError where `name` can only be meant as a local path and is none."""
+    local = name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
+    if local and not Path(name).exists():
+        raise InputError(f"a dataset needed at --dataset_name {name}, no such file or folder")
+
+
 def open_source(arguments):
     """The documents that `arguments` name, as Files or Rows; InputError where there are none."""
     name, base = arguments.dataset_name, Path(arguments.dataset_name)
-    if not base.exists() and (
-        name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
-    ):
-        raise InputError(f"a dataset needed at --dataset_name {name}, no such file or folder")
+    refuse_missing(name)
     if "://" in name or not base.exists():
         return _open_rows(arguments, *_remote(arguments))
     path = base / arguments.data_dir if arguments.data_dir else base
