@@ -99,7 +99,7 @@ def main(args):
     read = functools.partial(tokens.read_contexts, batch_size=args.batch_size_llm, num_tokens=args.num_tokens)
     contexts = itertools.chain.from_iterable(read(dataset, training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, args.skip_positions)
-    rows = tqdm(rows, total=last - first, desc="LLM", unit="forward", position=1, leave=False)
+    rows = iter(tqdm(rows, total=last - first, desc="LLM", unit="forward", position=1, leave=False))
     if device != device_llm:
         rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
     if args.dry_run:
