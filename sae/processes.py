@@ -1,5 +1,6 @@
 """The processes that `deepspeed` started: who they are, what they tell each other, a model among them."""
 
+import atexit
 import os
 import sys
 import time
@@ -65,6 +66,8 @@ def join(num_gpus):
     if count > 1:
         # gloo beside nccl: what the processes tell each other goes over the CPU, no GPU waits for it.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        # Its threads must be gone before Python is: they abort a process that exits with another status.
+        atexit.register(torch.distributed.destroy_process_group)
     return Processes(rank, count, f"cuda:{local}" if gpus else "cpu")
 
 
@@ -76,6 +79,9 @@ def load_model(processes, name, dtype, parallel):
         return models.load_model(name, processes.device, dtype)
     import deepspeed
 
+    # Without GPUs it would compile a kernel first, and a run killed meanwhile leaves a lock that every later
+    # run waits for, for ever. gloo adds up as well.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dtype = models.pick_dtype(dtype, processes.device)
     engine = deepspeed.init_inference(
         models.load_model(name, "cpu", dtype),

@@ -107,7 +107,7 @@ def start(folder, inputs, elasticsearch_url, model, **flags):
         )  # fmt: skip
 
 
-def finish(process, folder, timeout=200):
+def finish(process, folder, timeout=400):
     """(exit status, output, documents in the journal)."""
     try:
         status = process.wait(timeout)
@@ -224,7 +224,7 @@ def test_bad_input_is_refused_in_one_line(inputs, model, tmp_path):
 def test_one_line_for_all_processes(inputs, elasticsearch_url, model, tmp_path):
     process = start(tmp_path, inputs, elasticsearch_url, model, num_gpus=2, dataset_path=tmp_path / "none")
     try:
-        assert process.wait(60) == 2
+        assert process.wait(200) == 2
     finally:
         end(process)
     said = (tmp_path / "log").read_text()
