@@ -16,12 +16,12 @@ python generate_tokenized_dataset.py 2 8000 --num_processes 2 --min_tokens 64 --
 
 step "2/5 train an autoencoder on layer 10 of SmolLM2: 1536 -> 6144"
 python train_autoencoder_from_tokens.py 10 mlp_activations --dataset_path $out/tokens --model_name $model \
-    --save_path $out/run --num_batches 280 --batch_size_autoencoder 1024 --num_batches_preload 60 \
-    --learning_rate 1e-3 --batches_between_ckpt 140 --resume
+    --save_path $out/run --num_batches 240 --batch_size_autoencoder 1024 --num_batches_preload 60 \
+    --learning_rate 1e-3 --batches_between_ckpt 120 --resume
 
 step "3/5 collect the contexts that activate each feature"
 [ -e $out/samples.pt ] || python generate_interpretation_samples.py 600 --dataset_path $out/tokens \
-    --autoencoder_path $out/run/280.pt --save_path $out/samples.pt
+    --autoencoder_path $out/run/240.pt --save_path $out/samples.pt
 
 step "4/5 explain features with two processes, score them, index them"
 server=${ELASTICSEARCH_URL:-}
@@ -32,16 +32,16 @@ if [ -z "$server" ]; then
     server=http://127.0.0.1:$port
 fi
 # SmolLM2 is a small model to explain with: it gets the features that fire on one word of Python.
-features=$(python experiments/keyword_features.py $out/samples.pt $out/tokens 24)
+features=$(python experiments/keyword_features.py $out/samples.pt $out/tokens 20)
 deepspeed --num_gpus 2 interpret_autoencoder_deepspeed.py "$server" "$key" --num_gpus 2 --parallel data \
     --dataset_path $out/tokens --interpretation_samples_path $out/samples.pt \
-    --autoencoder_path $out/run/280.pt --interpretation_model_name $model --features $features --batch_size 12
+    --autoencoder_path $out/run/240.pt --interpretation_model_name $model --features $features --batch_size 10
 
 step "5/5 look: the index, a search, and a page"
 index=smollm2_mlp_activations_10_1536_6144_0.001_1.0
 python experiments/print_table.py "$server" $index --api_key "$key"
 printf '\nsearch q=import:\n'
 python experiments/print_table.py "$server" $index --api_key "$key" --query import
-python -m sae.report $out/samples.pt --dataset_path $out/tokens --autoencoder_path $out/run/280.pt \
+python -m sae.report $out/samples.pt --dataset_path $out/tokens --autoencoder_path $out/run/240.pt \
     --explanations $out/samples.explanations.jsonl --out $out/report.html
 echo "open $out/report.html in a browser; plots of the training lie in $out/run/images"
