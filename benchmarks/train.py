@@ -87,7 +87,7 @@ def larger(dataset_path, folder, extra):
     datasets.concatenate_datasets([dataset] * times).select(range(len(dataset) + extra)).flatten_indices(
         cache_file_name=str(folder / "flat.arrow")
     ).save_to_disk(str(folder / "data"))
-    (folder / "data" / tokens.INFO_FILE).write_text(json.dumps(info))
+    (folder / "data" / tokens.INFO_FILE).write_text(json.dumps(info | {"rows": len(dataset) + extra}))
     return folder / "data"
 
 
