@@ -48,11 +48,14 @@ browser:
 	fi
 
 # Against the real sae-lens, in an environment of its own; not part of `make test`.
-interop: inputs/.done
-	test -e .venv-interop/.done || ($(PYTHON) -m venv .venv-interop && \
-		.venv-interop/bin/pip install --quiet torch==2.13.0 && \
-		.venv-interop/bin/pip install --quiet sae-lens==6.54.12 && touch .venv-interop/.done)
+interop: inputs/.done .venv-interop/.done
 	.venv-interop/bin/python tests/interop/check_sae_lens.py
+
+.venv-interop/.done:
+	$(PYTHON) -m venv .venv-interop
+	.venv-interop/bin/pip install --quiet torch==2.13.0
+	.venv-interop/bin/pip install --quiet sae-lens==6.54.12
+	touch $@
 
 clean:
 	rm -rf .venv .venv-interop inputs demo

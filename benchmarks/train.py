@@ -1,11 +1,11 @@
 """Training speed as a share of its floor: LLM to the hookpoint + the matrix products + Adam, each alone.
 
-    python benchmarks/train.py MODEL DATASET [--batches 100 300] [--memory]
+    python benchmarks/train.py MODEL DATASET [--batches 100 300] [--peer .venv-interop/bin/python] [--memory]
 
 SmolLM2 layer 10 mlp_activations, 1536 -> 6144, 1,024 rows a batch, 16 contexts of 128 tokens a forward pass.
 The script is run twice, and the difference of the two times counts: start, model loading and the last
-checkpoint cancel. --memory instead compares the script's peak memory on the dataset and on one with
-100,000 contexts more.
+checkpoint cancel. --peer: the same for SAELens, in an environment that has it. --memory instead compares the
+script's peak memory on the dataset and on one with 100,000 contexts more.
 """
 
 import argparse
@@ -64,8 +64,10 @@ def floor(model_name, dataset, device):
 
 
 def script(model_name, dataset_path, batches, preload):
-    """(seconds, peak resident bytes) of a run of the script, as it says itself and as the system counted."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    """(seconds, peak resident bytes) of a run of the script, as it says itself and as the system counted.
+
+    The system tells the highest peak of all children so far.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, ROOT / "train_autoencoder_from_tokens.py", "10", "mlp_activations",
@@ -74,8 +76,15 @@ def script(model_name, dataset_path, batches, preload):
             "--batch_size_autoencoder", ROWS, "--batch_size_llm", CONTEXTS, "--learning_rate", 1e-3,
         ]  # fmt: skip
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return float(re.search(r"([\d.]+) s, [\d.]+ tokens/s", done.stdout)[1]), max(peak, before) * 1024
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    return float(re.search(r"([\d.]+) s, [\d.]+ tokens/s", done.stdout)[1]), peak
+
+
+def peer(python, model_name, dataset_path, batches):
+    """Seconds of SAELens' training loop."""
+    command = [python, ROOT / "benchmarks" / "peer_sae_lens.py", model_name, dataset_path, batches]
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
+    return float(re.search(r"([\d.]+) s$", done.stdout.strip())[1])
 
 
 def larger(dataset_path, folder, extra):
@@ -96,6 +105,7 @@ def main():
     parser.add_argument("model")
     parser.add_argument("dataset")
     parser.add_argument("--batches", type=int, nargs=2, default=(100, 300))
+    parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
@@ -106,7 +116,6 @@ def main():
     if args.memory:
         with tempfile.TemporaryDirectory() as folder:
             more = larger(args.dataset, Path(folder), 100_000)
-            # The larger first: the system only tells the highest peak of all children.
             small, large = (script(args.model, path, 20, 10)[1] for path in (args.dataset, more))
         print(f"peak memory: {small / 2**20:.0f} MiB; with 100,000 contexts more {large / 2**20:.0f} MiB")
         return
@@ -114,14 +123,18 @@ def main():
     floors = [floor(args.model, dataset, device)]
     short, long = (script(args.model, args.dataset, batches, 50)[0] for batches in args.batches)
     floors.append(floor(args.model, dataset, device))
+    rates = {"train_autoencoder_from_tokens.py": (args.batches[1] - args.batches[0]) * ROWS / (long - short)}
+    if args.peer:
+        short, long = (peer(args.peer, args.model, args.dataset, batches) for batches in args.batches)
+        rates["SAELens"] = (args.batches[1] - args.batches[0]) * ROWS / (long - short)
     parts = {part: statistics.mean(one[part] for one in floors) for part in floors[0]}
     best = ROWS / sum(parts.values())
-    got = (args.batches[1] - args.batches[0]) * ROWS / (long - short)
     print("| | tokens/s | share of the floor |\n|---|---|---|")
     for part, took in parts.items():
         print(f"| {part} alone | {ROWS / took:,.0f} | |")
     print(f"| floor: the three one after the other | {best:,.0f} | 1 |")
-    print(f"| train_autoencoder_from_tokens.py | {got:,.0f} | {got / best:.2f} |")
+    for what, rate in rates.items():
+        print(f"| {what} | {rate:,.0f} | {rate / best:.2f} |")
 
 
 if __name__ == "__main__":
