@@ -20,16 +20,12 @@ def parse_args():
     add = parser.add_argument
     count, positive, below_zero = cli.whole_number(0), cli.whole_number(1), cli.number(below=0)
     add("num_samples", type=positive, help="contexts to look at, drawn from the dataset")
-    add(
-        "--dataset_path", default="./tokenized_dataset", help="dataset the checkpoint was trained on (folder)"
-    )
+    add("--dataset_path", default="./tokenized_dataset", help="folder the checkpoint was trained on")
     add("--autoencoder_path", default="./autoencoder.pt", help="checkpoint of the autoencoder")
     add("--save_path", default="./interpretation_samples.pt", help="file to write")
     add("--target_model_name", help="LLM: hub name, folder or .gguf file; default: the checkpoint's")
-    add("--target_model_device", help="default: cuda:0, or cpu where there is no GPU")
-    add(
-        "--autoencoder_device", help="default: cuda:1, cuda:0 where there is one GPU, cpu where there is none"
-    )
+    add("--target_model_device", help="default: cuda:0, or cpu")
+    add("--autoencoder_device", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")
     add("--log_freq_lower", type=below_zero, default=-2.0, help="keep features of a higher log10 frequency")
     add("--num_top", type=positive, default=24, help="contexts per feature: those it fires on most")
@@ -41,30 +37,6 @@ def parse_args():
     plot = argparse.BooleanOptionalAction
     add("--save_plot", action=plot, default=True, help="histogram of frequencies (.png) beside the samples")
     return parser, parser.parse_args()
-
-
-def open_inputs(args):
-    """Checkpoint, dataset, its info, the LLM's name and device; refuses all it can before loading the LLM."""
-    from sae import InputError, artifacts, autoencoder, models, tokens
-
-    if args.log_freq_upper <= args.log_freq_lower:
-        came = f"{args.log_freq_upper:g} and {args.log_freq_lower:g}"
-        raise InputError(f"--log_freq_upper above --log_freq_lower needed, got {came}")
-    if Path(args.save_path).is_dir() or Path(args.save_path).suffix == ".png":
-        raise InputError(f"--save_path needs a file (.pt), got {args.save_path}")
-    llm_device, device = cli.default_devices()
-    llm_device = cli.check_device("--target_model_device", args.target_model_device or llm_device)
-    device = cli.check_device("--autoencoder_device", args.autoencoder_device or device)
-    dataset, info = tokens.open_dataset(args.dataset_path)
-    if args.num_samples > len(dataset):
-        most = f"{len(dataset)}, the contexts of {args.dataset_path},"
-        raise InputError(f"num_samples of at most {most} needed, got {args.num_samples}")
-    checkpoint = autoencoder.load_checkpoint(args.autoencoder_path, device)
-    origin, what = checkpoint.config.get("dataset_fingerprint"), f"the autoencoder {args.autoencoder_path}"
-    artifacts.check_origin(what, origin, info["fingerprint"], args.dataset_path)
-    name = models.check_target(checkpoint.config, args.target_model_name)
-    models.check_vocabulary(models.skeleton(name).config, info)
-    return checkpoint, dataset, info, name, llm_device
 
 
 def main(args, stopping):

@@ -29,25 +29,16 @@ def parse_args():
     add("--batch_size_llm", type=positive, default=16, help="contexts in a forward pass of the LLM")
     add("--batch_size_autoencoder", type=positive, default=256, help="tokens in a training step")
     add("--num_tokens", type=count, default=0, help="use the first N tokens of every context; 0: all")
-    add("--device_llm", help="default: cuda:0, or cpu where there is no GPU")
-    add(
-        "--device_autoencoder", help="default: cuda:1, cuda:0 where there is one GPU, cpu where there is none"
-    )
+    add("--device_llm", help="default: cuda:0, or cpu")
+    add("--device_autoencoder", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--learning_rate", type=cli.number(above=0), default=1e-4, help="of Adam")
     add("--l1_coefficient", type=cli.number(least=0), default=1.0, help="weight of the sum of activations")
     add("--act_vec_size", type=positive, help="width of the hookpoint; default: read off it")
     add("--dict_vec_size", type=positive, help="features in the dictionary; default: 4 x act_vec_size")
     add("--batches_between_ckpt", type=count, default=12500, help="training steps; 0: only a last checkpoint")
-    add(
-        "--num_batches_preload",
-        type=positive,
-        help="batches in the shuffle buffer; default: 25000 or what fits",
-    )
-    add(
-        "--neuron_resampling_method",
-        choices=("replacement", "anthropic"),
-        help="for dead features; default: off",
-    )
+    add("--num_batches_preload", type=positive, help="in the shuffle buffer; default: 25000 or what fits")
+    methods = ("replacement", "anthropic")
+    add("--neuron_resampling_method", choices=methods, help="for dead features; default: off")
     add("--neuron_resampling_interval", type=positive, default=25000, help="training steps between revivals")
     add("--normalize_dataset", action="store_true", help="scale activations to L2 norm sqrt(act_vec_size)")
     add("--mlp_activations_hookpoint", default="model.layers.{}.mlp.act_fn", **hookpoint)

@@ -102,3 +102,10 @@ class Parser(cli.Parser):
             time.sleep(OTHERS_WAIT_S)
             message = f"process {rank}: {message}"
         super().error(message)
+
+    def exit(self, status=0, message=None):
+        if status and "RANK" in os.environ:
+            # At once: gloo's threads can abort an orderly end, and the launcher would pass on that status.
+            print(message or "", end="", file=sys.stderr, flush=True)
+            os._exit(status)
+        super().exit(status, message)
