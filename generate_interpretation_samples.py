@@ -18,7 +18,7 @@ from sae import cli
 def parse_args():
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    count, positive, below_zero = cli.whole_number(0), cli.whole_number(1), cli.number(below=0)
+    positive, below_zero = cli.whole_number(1), cli.number(below=0)
     add("num_samples", type=positive, help="contexts to look at, drawn from the dataset")
     add("--dataset_path", default="./tokenized_dataset", help="folder the checkpoint was trained on")
     add("--autoencoder_path", default="./autoencoder.pt", help="checkpoint of the autoencoder")
@@ -32,7 +32,7 @@ def parse_args():
     add("--num_spread", type=positive, default=12, help="contexts per feature: one per bin of its range")
     add("--num_random", type=positive, default=16, help="contexts per feature: whatever it does there")
     add("--batch_size", type=positive, default=16, help="contexts in a forward pass of the LLM")
-    add("--seed", type=count, default=0, help="of the contexts looked at and of the draws among them")
+    add("--seed", type=cli.SEED, default=0, help="of the contexts looked at and of the draws among them")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     plot = argparse.BooleanOptionalAction
     add("--save_plot", action=plot, default=True, help="histogram of frequencies (.png) beside the samples")

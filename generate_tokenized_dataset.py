@@ -36,12 +36,7 @@ def parse_args():
     add("--dataset_config", help="configuration of a hub dataset")
     add("--split", default="train", help="split of a dataset that has several")
     add("--text_field", help="column that holds the text (default: found: content, text, code, ...)")
-    add(
-        "--seed",
-        type=cli.whole_number(0),
-        default=0,
-        help="shuffles the order in which files (shards) are read",
-    )
+    add("--seed", type=cli.SEED, default=0, help="of the order in which files (shards) are read")
     args = parser.parse_args()
     if args.num_files % args.num_processes:
         came = f"{args.num_files} and {args.num_processes} came"

@@ -42,10 +42,19 @@ def parse_args():
     add("--num_explanations", type=COUNT, default=1, help="written per feature, the best is kept")
     add("--features", type=cli.whole_number(0), nargs="+", help="explain these features (default: all)")
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
-    add("--batch_size", type=COUNT, default=8, help="features explained and simulated together")
+    add("--batch_size", type=cli.whole_number(2), default=8, help="features explained and scored together")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLM")
-    add("--seed", type=cli.whole_number(0), default=0, help="of selections and bootstrap intervals")
+    add("--seed", type=cli.SEED, default=0, help="of selections and bootstrap intervals")
     return parser, parser.parse_args()
+
+
+def settings(args, device):
+    """What beside samples and LLM decides the documents, in words."""
+    from sae import models
+
+    flags = ("num_interpretation_samples", "num_simulation_samples", "num_explanations", "batch_size", "seed")
+    dtype = str(models.pick_dtype(args.dtype, device)).removeprefix("torch.")
+    return " ".join([*(f"{flag}={getattr(args, flag)}" for flag in flags), f"dtype={dtype}"])
 
 
 def interpret(args):  # in each process
@@ -63,7 +72,7 @@ def interpret(args):  # in each process
             material = plan.open_material(*files)
             models.skeleton(name)
             digit_ids(models.load_tokenizer(name))
-            origin = material.origin(name, args.simulation)
+            origin = material.origin(name, args.simulation, settings(args, here.device))
             documents, torn = journal.read_journal(path)
             plan.check_journal(documents, origin, path)
             client = elastic.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
@@ -121,7 +130,7 @@ def interpret(args):  # in each process
     if writer.unsent:
         print(f"{writer.unsent} documents unsent ({writer.trouble}); the same command sends them",
               file=sys.stderr)  # fmt: skip
-    return 3 if writer.unsent else 0
+    return 3 if writer.unsent or writer.rejected else 0
 
 
 def main():

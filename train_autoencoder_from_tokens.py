@@ -45,14 +45,14 @@ def parse_args():
     add("--mlp_sublayer_hookpoint", default="model.layers.{}.mlp", **hookpoint)
     add("--attn_sublayer_hookpoint", default="model.layers.{}.self_attn", **hookpoint)
     add("--resume", action="store_true", help="go on with the run in save_path; needs the same flags")
-    add("--seed", type=count, default=0, help="of the data's order, the first weights and the revivals")
+    add("--seed", type=cli.SEED, default=0, help="of the data's order, the first weights and the revivals")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     add("--skip_positions", type=count, default=0, help="leave out the first N tokens of every context")
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
     return parser, parser.parse_args()
 
 
-def main(args):
+def main(args, stopping):
     from tqdm import tqdm
 
     from sae import activations, evaluation, models, runs, tokens, training
@@ -91,11 +91,11 @@ def main(args):
     contexts = itertools.chain.from_iterable(read(dataset, training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, args.skip_positions)
     rows = iter(tqdm(rows, total=last - first, desc="LLM", unit="forward", position=1, leave=False))
-    if device != device_llm:
-        rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
+    rows, two = (rows_ND.to(device) for rows_ND in rows), device != device_llm
     if args.dry_run:
-        print(runs.timed_steps(trainer, rows, config))
+        print(runs.timed_steps(trainer, rows, config, overlap=two))
         return 0
+    rows = cli.until(stopping, activations.prefetch(rows) if two else rows)
     num_batches, batch_size = config["num_batches"], args.batch_size_autoencoder
     preload = config["num_batches_preload"]
     buffer = ShuffleBuffer(rows, batch_size, num_batches, preload, args.seed, device, skip)
@@ -106,33 +106,37 @@ def main(args):
 
     started, before, shown = time.monotonic(), trainer.batch, {}
     bar = tqdm(total=num_batches, initial=before, unit="batch", desc="filling the buffer")
-    with bar, cli.stop_requested() as stopping:
+    try:
         for events in training.train(trainer, buffer, num_batches, plan, args.seed):
             folder.append(events)
             last = trainer.batch == num_batches
             if last or (args.batches_between_ckpt and trainer.batch % args.batches_between_ckpt == 0):
                 held_out = read(dataset, held_out_rows)
-                figures = evaluation.evaluate(
-                    model, module, trainer.autoencoder, held_out, args.skip_positions
-                )
+                skip = args.skip_positions
+                figures = evaluation.evaluate(model, module, trainer.autoencoder, held_out, skip)
                 events = [*events, folder.save_checkpoint(trainer, figures)]
-            elif stopping() or folder.resume_is_old():
+            elif folder.resume_is_old():
                 folder.save_resume(trainer)
             shown |= runs.bar_figures(events)
             bar.set_description("training", refresh=False)
             bar.set_postfix(shown, refresh=False)
             bar.update()
             if stopping() and not last:
-                bar.write(f"stopped after batch {trainer.batch}; the same command with --resume goes on")
-                return cli.STOPPED
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        folder.save_resume(trainer)
+        print(f"\nstopped after batch {trainer.batch}; the same command with --resume goes on")
+        return cli.STOPPED
+    finally:
+        bar.close()
     seconds = time.monotonic() - started
     rate = (trainer.batch - before) * batch_size / max(seconds, 1e-9)
     wrote = f"wrote {folder.path / str(num_batches)}.pt, images/ and metrics.jsonl"
-    print(f"{wrote}: {runs.summary(folder.metrics())}; {seconds:.0f} s, {rate:.0f} tokens/s")
+    print(f"{wrote}: {runs.held_out(events[-1])}; {seconds:.0f} s, {rate:.0f} tokens/s")
     return 0
 
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()
-    with PARSER.friendly_errors():
-        sys.exit(main(ARGS))
+    with PARSER.friendly_errors(), cli.stop_requested() as STOPPING:
+        sys.exit(main(ARGS, STOPPING))

@@ -1,6 +1,6 @@
 """What sampling costs besides the LLM: time against the bare pass, memory against the number of contexts.
 
-    python benchmarks/samples.py --dataset_path demo/tokens --autoencoder_path demo/run/280.pt
+    python benchmarks/samples.py --dataset_path demo/tokens --autoencoder_path demo/run/240.pt
 
 Time: one pass over real contexts, in which the bare pass (dataset, LLM as far as the hookpoint, encode) and
 the bookkeeping take turns and are timed apart, so that a busy machine slows both. Memory: the peak resident
@@ -114,7 +114,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dataset_path", default="demo/tokens")
-    parser.add_argument("--autoencoder_path", default="demo/run/280.pt")
+    parser.add_argument("--autoencoder_path", default="demo/run/240.pt")
     parser.add_argument("--contexts", type=int, default=512, help="for the time; 0: leave out")
     parser.add_argument("--memory_contexts", type=int, nargs=2, default=[2000, 50000])
     args = parser.parse_args()

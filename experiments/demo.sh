@@ -28,6 +28,7 @@ server=${ELASTICSEARCH_URL:-}
 if [ -z "$server" ]; then
     port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     trap 'noida-db down --data-dir $out/server >/dev/null 2>&1 || true' EXIT
+    noida-db down --data-dir $out/server >/dev/null 2>&1 || true  # of a demo that was killed
     noida-db up --only elasticsearch --data-dir $out/server --elasticsearch-port "$port" >$out/server.log 2>&1
     server=http://127.0.0.1:$port
 fi

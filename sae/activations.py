@@ -26,7 +26,10 @@ def find_hookpoint(model, template, layer):
     count = model.config.get_text_config().num_hidden_layers
     if not 0 <= layer < count:
         raise InputError(f"layer_id needed: 0 to {count - 1} ({model.config.model_type}), got {layer}")
-    name = template.format(layer)
+    try:
+        name = template.format(layer)
+    except (IndexError, KeyError, ValueError):
+        raise InputError(f"hookpoint needed with one {{}} for the layer, got {template!r}") from None
     modules = dict(model.named_modules())
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=3, cutoff=0.0)
@@ -35,16 +38,23 @@ def find_hookpoint(model, template, layer):
 
 
 @contextmanager
-def on_output(module, hook):
+def on_output(module, shape, hook):
     """Within: `hook(output)` runs whenever `module` has; a value it returns takes the output's place.
 
-    Only the first element is handed over, and replaced, where the module returns a tuple (attention does).
+    Only the first element is handed over, and replaced, where the module returns a tuple (attention does);
+    always as [*shape, D], shape = (B, T): some models flatten contexts and tokens before (OPT does). Passes
+    of other threads are left alone: one fills the buffer while a checkpoint is being judged.
     """
+    thread = threading.get_ident()
 
     def forward_hook(_module, _inputs, output):
+        if threading.get_ident() != thread:
+            return None
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        new = hook(first)
-        return None if new is None else (new if rest is None else (new, *rest))
+        new = hook(first.view(*shape, first.shape[-1]))
+        if new is None:
+            return None
+        return new.view_as(first) if rest is None else (new.view_as(first), *rest)
 
     handle = module.register_forward_hook(forward_hook)
     try:
@@ -62,7 +72,7 @@ def activations_at(model, module, ids_BT, **inputs):
         seen.append(output)
         raise _Reached
 
-    with on_output(module, stop):
+    with on_output(module, ids_BT.shape, stop):
         try:
             model(input_ids=ids_BT.to(model.device, non_blocking=True), use_cache=False, **inputs)
         except _Reached:

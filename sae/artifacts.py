@@ -54,7 +54,10 @@ def save_pt(path, content):
     import torch
 
     with atomic_write(path) as handle:
-        torch.save(content, handle)
+        try:
+            torch.save(content, handle)
+        except RuntimeError as err:  # what torch makes of a full disk
+            raise err.__context__ if isinstance(err.__context__, OSError) else err from None
 
 
 def load_pt(path, kind, keys, map_location="cpu"):

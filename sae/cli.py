@@ -75,6 +75,17 @@ def number(least=-math.inf, above=-math.inf, below=math.inf):
     return parse
 
 
+SEED = whole_number(0, 2**63 - 1)  # what torch takes
+
+
+def until(stopping, items):
+    """The items, until `stopping()`: then KeyboardInterrupt, in the middle of long work without steps too."""
+    for item in items:
+        if stopping():
+            raise KeyboardInterrupt
+        yield item
+
+
 def check_device(flag, name):
     """`name` as a torch.device of this machine, or InputError naming the flag and the devices there are."""
     import torch

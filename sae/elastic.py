@@ -23,10 +23,10 @@ MAPPING = {
     "dynamic": "strict",
     "properties": {
         "layer": INTEGER, "dim": INTEGER, "tokens": KEYWORD, "score": FLOAT, "interpretation": TEXT,
-        "score_reason": TEXT, "control": FLOAT, "control_dim": INTEGER, "interval": FLOAT,
-        "model": KEYWORD, "layer_type": KEYWORD, "hookpoint": KEYWORD,
+        "score_reason": TEXT, "control": FLOAT, "control_reason": TEXT, "control_dim": INTEGER,
+        "interval": FLOAT, "model": KEYWORD, "layer_type": KEYWORD, "hookpoint": KEYWORD,
         "log10_frequency": FLOAT, "max_activation": FLOAT, "examples": TEXT,
-        "interpretation_model": KEYWORD, "simulation": KEYWORD,
+        "interpretation_model": KEYWORD, "simulation": KEYWORD, "settings": KEYWORD,
         "dataset_fingerprint": KEYWORD, "autoencoder_fingerprint": KEYWORD, "samples_fingerprint": KEYWORD,
         "time": DATE,
     },
@@ -73,9 +73,10 @@ def _url(address, ssl_cert):
     except ValueError:
         host = None
     if not host or parts.query or parts.fragment or scheme not in (["http", "https"] if there else [""]):
-        raise InputError(f"server_address needs [http(s)://]host[:port], got {address!r}")
+        # What came is not shown: with the two arguments swapped it is the key.
+        raise InputError("server_address needs the form [http(s)://]host[:port]; it is the first argument")
     if scheme == "http" and ssl_cert:
-        raise InputError(f"--ssl_cert needs an https address, got {address!r}")
+        raise InputError("--ssl_cert needs an https address, an http one came")
     port = port or (443 if scheme == "https" else 9200)
     scheme = scheme or ("http" if _loopback(host) and not ssl_cert else "https")
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
@@ -274,11 +275,13 @@ class Writer:
         self.sent = len(self._documents) - len(self._waiting) - len(self._rejected)
 
     def _work(self):
-        pause, failing_since, looks = FIRST_PAUSE_S, time.monotonic(), 0
+        pause, failing_since, looks, closing = FIRST_PAUSE_S, time.monotonic(), 0, False
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
-                batch, closing = dict(itertools.islice(self._waiting.items(), BULK)), self._closing
+                if self._closing and not closing:  # the patience begins when the work has ended
+                    closing, failing_since = True, time.monotonic()
+                batch = dict(itertools.islice(self._waiting.items(), BULK))
             trouble, passing = self._try(self._send, batch) if batch else self._try(self._look_again)
             if trouble and not self.trouble:
                 _say(f"{trouble}; the work goes on, what is finished is sent later")

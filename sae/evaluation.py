@@ -11,6 +11,7 @@ from sae import InputError
 from sae.activations import on_output
 
 HELD_OUT = 64  # contexts, or a twentieth of a small dataset
+SLICE = 1024  # rows that go through the autoencoder at once
 
 
 def split_held_out(documents):
@@ -37,21 +38,25 @@ def evaluate(model, module, autoencoder, contexts, skip_positions=0):
 
     def reconstruct(acts_BTD):
         nonlocal fired, error, squares, rows, total_D
-        x_ND = acts_BTD[:, skip_positions:].flatten(0, 1).to(device, torch.float32)
-        out_ND = autoencoder(x_ND)
-        fired += (autoencoder.features(x_ND) > 0).sum()
-        error += (x_ND - out_ND).double().square().sum()
-        squares += x_ND.double().square().sum()
-        total_D += x_ND.double().sum(0)
-        rows += len(x_ND)
-        return _with_rows(acts_BTD, out_ND, skip_positions)
+        parts = []
+        for x_ND in acts_BTD[:, skip_positions:].flatten(0, 1).split(SLICE):
+            x_ND = x_ND.to(device, torch.float32)
+            f_NF = autoencoder.features(x_ND)
+            out_ND = autoencoder.decode(f_NF) / autoencoder.scale(x_ND)
+            fired += (f_NF > 0).sum()
+            error += (x_ND - out_ND).double().square().sum()
+            squares += x_ND.double().square().sum()
+            total_D += x_ND.double().sum(0)
+            rows += len(x_ND)
+            parts.append(out_ND.to(acts_BTD))
+        return _with_rows(acts_BTD, torch.cat(parts), skip_positions)
 
     def zero(acts_BTD):
         return _with_rows(acts_BTD, torch.zeros_like(acts_BTD[:, skip_positions:]), skip_positions)
 
     for ids_BT in contexts:
         for name, hook in (("ce", lambda _: None), ("ce_sae", reconstruct), ("ce_zero", zero)):
-            with on_output(module, hook):
+            with on_output(module, ids_BT.shape, hook):
                 losses[name] += _cross_entropy(model, ids_BT)
         predicted += ids_BT[:, 1:].numel()
     spread = squares - total_D.square().sum() / rows

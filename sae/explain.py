@@ -20,12 +20,13 @@ def summary(documents, new, seconds):
 
     `new` of the documents were made in this run's `seconds`.
     """
-    scored = [doc for doc in documents if doc["score"] is not None and doc["control"] is not None]
-    figures = "no score is defined"
-    if scored:
-        score, control = (statistics.median(doc[key] for doc in scored) for key in ("score", "control"))
-        share = sum(doc["score"] > doc["control"] for doc in scored) / len(scored)
-        figures = f"median score {score:.2f}, median control {control:.2f}, {share:.0%} beat their control"
+    scores = [doc["score"] for doc in documents if doc["score"] is not None]
+    both = [doc for doc in documents if None not in (doc["score"], doc["control"])]
+    figures = f"median score {statistics.median(scores):.2f}" if scores else "no score is defined"
+    if both:
+        control = statistics.median(doc["control"] for doc in both)
+        share = sum(doc["score"] > doc["control"] for doc in both) / len(both)
+        figures += f", median control {control:.2f}, {share:.0%} beat their control"
     rate = f"{new} in {seconds:.0f} s, {60 * new / max(seconds, 1e-9):.1f} features/minute"
     return f"{len(documents)} features explained: {figures}; {rate}"
 
@@ -143,7 +144,7 @@ def explain_group(
             "max_activation": round(feature.max_activation, 4),
         }
         own = _score(feature, kept[place], by_row[place], seed)
-        other = {"score": None}
+        other = {"score": None, "score_reason": "no other feature explained with it has another explanation"}
         if control is not None:
             other = _score(feature, kept[control], by_row[control], seed)
         examples = [*feature.shown[:num_shown], *feature.scored]
@@ -152,6 +153,7 @@ def explain_group(
             | own
             | {
                 "control": other["score"],
+                "control_reason": other["score_reason"],
                 "control_dim": None if control is None else features[control].dim,
                 "examples": [
                     prompts.marked(context.texts, (context.values_T > 0).tolist())

@@ -55,10 +55,10 @@ def read_metrics(path, batch):
     if not Path(path).is_file():
         return {}
     found = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
-            event = json.loads(line)
-        except ValueError as err:
+            event = dict(json.loads(line))
+        except (ValueError, TypeError) as err:
             raise InputError(f"a JSON object per line needed, line {number} of {path} is none") from err
         if event.get("event") == "checkpoint" and event.get("batch") == batch:
             found = event

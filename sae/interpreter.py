@@ -40,6 +40,10 @@ class Interpreter:
         self.head = model.get_output_embeddings()
         self.digit_ids = digit_ids(tokenizer)
         self.end_ids = _end_ids(model, tokenizer)
+        self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # SentencePiece puts a space before whatever it is given: not so where a text goes on.
+        marked = tokenizer.tokenize("a")[0].startswith("▁")
+        self._before = "\n" if marked else ""
         head, self.explain_tail = prompts.split_chat(tokenizer, prompts.explain_messages)
         self.explain_prefix = self.prefix(head)
         head, self.simulate_tail = prompts.split_chat(tokenizer, prompts.simulate_messages)
@@ -51,7 +55,7 @@ class Interpreter:
         from transformers import DynamicCache
 
         cache = after.repeated(1) if after else DynamicCache(config=self.model.config)
-        ids_BL = torch.tensor([self._encode(text)])
+        ids_BL = torch.tensor([self.encode(text, "" if after is None else self._before)[0]])
         self._logits(ids_BL, cache, torch.tensor([[0]]))
         return Prefix(cache, (after.length if after else 0) + ids_BL.shape[1])
 
@@ -60,7 +64,7 @@ class Interpreter:
         """One sentence per question (texts of prompts.explain_question), written greedily, all at once."""
         # The model goes on after the words that begin every reply, so it cannot begin with pleasantries.
         tail = f"{self.explain_tail}{prompts.REPLY}"
-        encoded = [self._encode(question + tail) for question in questions]
+        encoded = [self.encode(question + tail, self._before)[0] for question in questions]
         length = max(map(len, encoded))
         ids_BL = torch.tensor([[0] * (length - len(ids)) + ids for ids in encoded])
         start_B = torch.tensor([length - len(ids) for ids in encoded])
@@ -101,16 +105,23 @@ class Interpreter:
             at_BT = torch.tensor([before for _, before in encoded])
             logits_BTV = self._logits(ids_BL, prefix.repeated(len(encoded)), at_BT)
             parts.append(logits_BTV[..., self.digit_ids].float().log_softmax(-1).cpu())
+            if not parts[-1].isfinite().all():
+                raise InputError("finite logits needed, the interpreter gave others: try --dtype bfloat16")
         return torch.cat(parts)
 
-    def _encode(self, text):
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(self, text, before=""):
+        """(ids, spans in the text) of a text that stands behind `before`."""
+        coded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
+        pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+        skip = len(before)
+        pairs = [(id, (start - skip, end - skip)) for id, (start, end) in pairs if not skip or end > skip]
+        return [id for id, _ in pairs], [span for _, span in pairs]
 
     def _lines(self, tokens):
         """Ids of `token<tab>0` lines, and for each line the position whose logits predict its number."""
         text = prompts.lines(tokens, [self.earlier] * len(tokens))
-        coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = {start: place for place, (start, end) in enumerate(coded["offset_mapping"]) if end > start}
+        ids, spans = self.encode(text, self._before)
+        starts = {start: place for place, (start, end) in enumerate(spans) if end > start}
         ends, at = [], 0
         for token in tokens:
             ends.append(at + len(token) + 1)
@@ -118,10 +129,16 @@ class Interpreter:
         missing = [place for place in ends if place not in starts]
         if missing:
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
-        return coded["input_ids"], [starts[place] - 1 for place in ends]
+        return ids, [starts[place] - 1 for place in ends]
 
     def _logits(self, ids_BL, cache, at_BT, mask_BL=None, positions_BL=None):
         """Logits [B, T, V] at the positions `at_BT` alone; `cache` grows by the L tokens."""
+        length = cache.get_seq_length() + ids_BL.shape[1]
+        if self.positions and length > self.positions:
+            raise InputError(
+                f"an interpreter that reads {length} tokens needed, this one reads {self.positions}: fewer "
+                "--num_interpretation_samples or shorter contexts may fit"
+            )
         at_BT = at_BT.to(self.device)
 
         def select(_head, inputs):

@@ -9,11 +9,11 @@ from sae import InputError
 from sae.artifacts import sync_folder
 
 
-def read_journal(path):
+def read_journal(path, mend=True):
     """What a journal holds: ({dim: document}, whether its last line was torn). A missing file is empty.
 
-    A torn last line (a run that was killed) is cut off the file; a bad line before it raises InputError.
-    For one process only, while no `Journal` of the file is open.
+    A torn last line (a run that was killed) is left out, and with `mend` cut off the file: for one process
+    only, while no `Journal` of the file is open. A bad line before it raises InputError.
     """
     documents, whole = {}, 0
     if not Path(path).exists():
@@ -27,8 +27,8 @@ def read_journal(path):
         if document is not None:
             documents[document["dim"]] = document
             whole += len(line)
-    if whole == len(content):
-        return documents, False
+    if whole == len(content) or not mend:
+        return documents, whole < len(content)
     with open(path, "r+b") as handle:
         _lock(handle, path)  # what looks torn may be a line that a run is just writing
         handle.truncate(whole)

@@ -31,9 +31,12 @@ def skeleton(name):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _load(AutoConfig, "model", name)
-    with torch.device("meta"):
-        # Other attention implementations look at values, which a meta tensor has not.
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    try:
+        with torch.device("meta"):
+            # Other attention implementations look at values, which a meta tensor has not.
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    except ValueError as err:
+        raise InputError(f"a causal language model needed, {name} is a {config.model_type}") from err
 
 
 def _load(auto_class, what, name, **options):

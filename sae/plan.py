@@ -22,8 +22,11 @@ class Material(NamedTuple):
     tokenizer: object  # of the dataset
     samples_fingerprint: str
 
-    def origin(self, interpretation_model, simulation):
-        """The fields of a document that say where it comes from, the same for all features."""
+    def origin(self, interpretation_model, simulation, settings):
+        """The fields of a document that say where it comes from, the same for all features.
+
+        `settings`: in words, whatever else decides the result.
+        """
         samples = self.samples
         return {
             "layer": samples.config["layer_id"],
@@ -32,6 +35,7 @@ class Material(NamedTuple):
             "hookpoint": samples.config["hookpoint"],
             "interpretation_model": interpretation_model,
             "simulation": simulation,
+            "settings": settings,
             "dataset_fingerprint": samples.dataset_fingerprint,
             "autoencoder_fingerprint": samples.autoencoder_fingerprint,
             "samples_fingerprint": self.samples_fingerprint,
@@ -58,9 +62,9 @@ def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
 
 
 def check_journal(documents, origin, path):
-    """Refuse to go on with a journal of other samples, another interpreter or another simulation."""
+    """Refuse to go on with a journal of other samples, another interpreter or other settings."""
     for document in documents.values():
-        for key in ("samples_fingerprint", "interpretation_model", "simulation"):
+        for key in ("samples_fingerprint", "interpretation_model", "simulation", "settings"):
             if document.get(key) != origin[key]:
                 raise InputError(
                     f"a journal of {key} {origin[key]} needed to go on, {path} has {document.get(key)}: "

@@ -25,7 +25,7 @@ def loss_curves(path, metrics, title):
     """PNG from the lines of metrics.jsonl: loss over training tokens, and the held-out figures."""
     import numpy as np
 
-    figure, axes = _figure(rows=3, height=8)
+    figure, axes = _figure(rows=4, height=10)
     logs = [line for line in metrics if line["event"] == "log"]
     checkpoints = [line for line in metrics if line["event"] == "checkpoint"]
     tokens = np.array([line["tokens"] for line in logs])
@@ -38,12 +38,15 @@ def loss_curves(path, metrics, title):
     for name in ("explained_variance", "loss_recovered", "dead_share"):
         values = [np.nan if line[name] is None else line[name] for line in checkpoints]
         axes[2].plot(held_out, values, "o-", label=name.replace("_", " "))
+    for name, label in {"ce": "as it is", "ce_sae": "with the autoencoder", "ce_zero": "with zeros"}.items():
+        axes[3].plot(held_out, [line[name] for line in checkpoints], "o-", label=label)
     for event in (line for line in metrics if line["event"] == "resample"):
         for row in axes:
             row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
     axes[0].set(title=title, ylabel="per token", yscale="log")
     axes[1].set(ylabel="features per token", yscale="log")
-    axes[2].set(ylabel="share, held out", xlabel="training tokens", ylim=(-0.05, 1.05))
+    axes[2].set(ylabel="share, held out", ylim=(-0.05, 1.05))
+    axes[3].set(ylabel="cross-entropy, held out", xlabel="training tokens")
     for row in axes:
         row.legend(frameon=False)
     _save(path, figure)

@@ -95,6 +95,13 @@ def load_model(processes, name, dtype, parallel):
 class Parser(cli.Parser):
     """A cli.Parser for every process at once: an error that all of them meet is printed by the first."""
 
+    def parse_args(self):
+        args, surplus = self.parse_known_args()
+        if surplus:  # not shown, but for flags: a key in two words would be among them
+            flags = " ".join(word for word in surplus if word.startswith("--"))
+            self.error(f"{len(surplus)} arguments more than needed came{f': {flags}' if flags else ''}")
+        return args
+
     def error(self, message):
         rank = os.environ.get("RANK", "0")
         if rank != "0":

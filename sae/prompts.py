@@ -34,6 +34,10 @@ SHOTS = (
         "x:0|·=:0|·f:0|(:0|a:0|[:0|1:0|]:7|):9|\\n:0|print:0|(:0|x:0|):9|\\n:0|return:0|·x:0|\\n:0",
     ),
     (
+        "the digits 0 and 1",
+        "x:0|·=:0|·:0|0:9|.:0|5:1|\\n:0|for:0|·i:0|·in:0|·range:0|(:0|1:8|0:9|):0|:::0|\\n:0|···:0|·return:0|·x:0",
+    ),
+    (
         "words about files, such as file, open and folder",
         "···:0|·with:0|·open:5|(:0|file:9|name:3|):0|·as:0|·handle:0|:::0|\\n:0|···:0|·folder:9|·=:0|·1:0",
     ),
@@ -82,14 +86,16 @@ def lines(tokens, numbers):
 
 
 def explain_question(contexts):
-    """The user's turn: contexts as (visible tokens, whole numbers); what fires again where that is little."""
-    parts = [f"<start>\n{lines(*context)}<end>\n" for context in contexts]
-    numbers = [number for _, context in contexts for number in context]
-    if sum(number > 0 for number in numbers) * 5 < len(numbers):
-        again = [[pair for pair in zip(*context, strict=True) if pair[1]] for context in contexts]
-        parts.append("Where it fires:\n<start>\n" + "".join(lines(*zip(*c, strict=True)) for c in again if c))
-        parts.append("<end>\n")
-    return "".join(parts)
+    """The user's turn: contexts as (visible tokens, whole numbers); what fires again where that is little.
+
+    The strongest first: a small model explains by what it reads there first.
+    """
+    text = "".join(f"<start>\n{lines(*context)}<end>\n" for context in contexts)
+    pairs = [pair for context in contexts for pair in zip(*context, strict=True)]
+    fires = sorted((pair for pair in pairs if pair[1]), key=lambda pair: -pair[1])
+    if 0 < len(fires) * 5 < len(pairs):
+        text += f"Where it fires, strongest first:\n<start>\n{lines(*zip(*fires, strict=True))}<end>\n"
+    return text
 
 
 def explain_messages(question):
@@ -146,11 +152,14 @@ def llama_chat(messages, bos="<s>", eos="</s>"):
 
 
 def split_chat(tokenizer, messages_about):
-    """The text before and after what `messages_about(what)` puts last: (same for every `what`, the rest)."""
+    """The text before and after what `messages_about(what)` puts last: (same for every `what`, the rest).
+
+    A reply begins after white space, as those of the few-shot part do.
+    """
     mark = "\x00what\x00"
     head, found, tail = chat(tokenizer, messages_about(mark)).rpartition(mark)
     assert found, "the chat template dropped the question"
-    return head, tail
+    return head, tail if tail[-1:].isspace() else f"{tail} "
 
 
 def sentence(reply):

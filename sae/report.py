@@ -165,7 +165,9 @@ def build(
     samples, (dataset, info) = load_samples(samples_path), open_dataset(dataset_path)
     what = f"the samples file {samples_path}"
     check_origin(what, samples.dataset_fingerprint, info["fingerprint"], dataset_path)
-    near, metrics = None, {}
+    near, metrics, made_with = None, {}, samples.config.get("autoencoder_path", "")
+    if not autoencoder_path and Path(made_with).is_file():
+        autoencoder_path = made_with if fingerprint(made_with) == samples.autoencoder_fingerprint else None
     if autoencoder_path:
         checkpoint = load_checkpoint(autoencoder_path)
         check_origin(what, samples.autoencoder_fingerprint, checkpoint.fingerprint, autoencoder_path)
@@ -174,7 +176,7 @@ def build(
     if metrics_path:
         metrics = read_metrics(metrics_path, samples.config.get("trained_batches"))
     explanations = explanations or Path(samples_path).with_suffix(".explanations.jsonl")
-    journal, _ = read_journal(explanations)
+    journal, _ = read_journal(explanations, mend=False)
     for made_from in {document.get("samples_fingerprint") for document in journal.values()}:
         check_origin(f"the journal {explanations}", made_from, fingerprint(samples_path), samples_path)
 
@@ -194,20 +196,11 @@ def parse_args():
     parser.prog = "python -m sae.report"
     add = parser.add_argument
     add("samples", help="interpretation samples (.pt)")
-    add(
-        "--dataset_path",
-        default="./tokenized_dataset",
-        help="tokenised dataset that the samples were taken of",
-    )
+    add("--dataset_path", default="./tokenized_dataset", help="dataset that the samples were taken of")
     add("--explanations", help="journal; default: <samples stem>.explanations.jsonl, where there is one")
-    add("--autoencoder_path", help="checkpoint that the samples were taken with: for the nearest features")
+    add("--autoencoder_path", help="checkpoint of the samples; default: the one they name, where it still is")
     add("--metrics", help="metrics.jsonl of the training run; default: the one beside the checkpoint")
-    add(
-        "--contexts",
-        type=cli.whole_number(1),
-        default=12,
-        help="shown of each kind; fewer to stay under 30 MB",
-    )
+    add("--contexts", type=cli.whole_number(1), default=12, help="of each kind; fewer to stay under 30 MB")
     add("--out", default="report.html", help="HTML file to write")
     return parser, parser.parse_args()
 

@@ -1,8 +1,8 @@
 """A training run: its settings, what it needs of memory, and its folder (checkpoints, metrics, resume.pt)."""
 
-import itertools
 import json
 import os
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from sae import InputError, __version__
 from sae.artifacts import load_pt, save_pt
 from sae.autoencoder import save_checkpoint
+from sae.evaluation import SLICE
 from sae.plots import frequency_histogram, loss_curves
 
 # Flags that may differ when a run is resumed: they do not decide its results.
@@ -40,9 +41,11 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
             f"--batch_size_autoencoder {flags['batch_size_autoencoder']} needs as many tokens to train on, "
             f"the dataset has {training_contexts * config['context_rows']}"
         )
+    num_batches = flags["num_batches"] or epoch_batches
+    preload = flags["num_batches_preload"] and min(flags["num_batches_preload"], num_batches)
     return config | {
-        "num_batches": flags["num_batches"] or epoch_batches, "epoch_batches": epoch_batches,
-        "training_contexts": training_contexts, "act_vec_size": act_vec_size,
+        "num_batches": num_batches, "epoch_batches": epoch_batches,
+        "num_batches_preload": preload, "training_contexts": training_contexts, "act_vec_size": act_vec_size,
         "dict_vec_size": flags["dict_vec_size"] or 4 * act_vec_size, "architecture": "relu",
         "hookpoint": hookpoint, "dtype_llm": str(dtype_llm).removeprefix("torch."),
         "dataset_fingerprint": info["fingerprint"], "tokenizer_name": info["tokenizer_name"],
@@ -64,9 +67,12 @@ def plan_memory(config, skeleton, llm, autoencoder):
     tokens = config["batch_size_llm"] * config["min_tokens"]
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     parts = {
-        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size)) * llm_dtype.itemsize,
+        # Checkpoints need its logits as well, those of one context in float32.
+        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size + text.vocab_size)) * llm_dtype.itemsize
+        + config["min_tokens"] * text.vocab_size * 4,
         # Weights, gradients and Adam's two moments; the copies of weights and gradients for the products.
-        "autoencoder": 2 * D * F * (4 * 4 + 2 * dtype.itemsize) + N * (3 * F * dtype.itemsize + 5 * D * 4),
+        "autoencoder": 2 * D * F * (4 * 4 + 2 * dtype.itemsize)
+        + max(N * (3 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4),
     }
     free = {place: _free_bytes(place) for place in (llm_device, device)}
     left = dict(free)
@@ -103,7 +109,14 @@ def _free_bytes(device):
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")  # a container's limit; the files it has cached count as free
+    try:
+        used = int((group / "memory.current").read_text())
+        cached = int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
+        return min(free, int((group / "memory.max").read_text()) - used + cached)
+    except (OSError, ValueError, TypeError):  # no such limit
+        return free
 
 
 def stream_start(config, batch):
@@ -117,23 +130,35 @@ def stream_start(config, batch):
     return first, skip, -(-config["num_batches"] * config["batch_size_autoencoder"] // rows_per_llm_batch)
 
 
-def timed_steps(trainer, rows, config):
-    """One line: the time a run takes, from three LLM batches and three training steps (two of each timed)."""
-    chunks = [next(rows)]
-    started = time.perf_counter()
-    chunks += itertools.islice(rows, 2)
-    batch_ND = torch.cat(chunks).repeat(8, 1)[: config["batch_size_autoencoder"]].clone()
-    row_seconds = (time.perf_counter() - started) / sum(map(len, chunks[1:]))
-    trainer.step(batch_ND)
-    trainer.losses[-1].sum().item()  # waits for the device
-    started = time.perf_counter()
-    for _ in range(2):
+def timed_steps(trainer, rows, config, overlap):
+    """One line: the time a run takes, from three LLM batches and three training steps (two of each timed).
+
+    `overlap`: LLM and autoencoder have a device each and work at once.
+    """
+
+    chunks, size = [], config["batch_size_autoencoder"]
+
+    def forward():
+        chunks.append(next(rows))
+        return chunks[-1]
+
+    def step():
         trainer.step(batch_ND)
-    trainer.losses[-1].sum().item()
-    step = (time.perf_counter() - started) / 2 + config["batch_size_autoencoder"] * row_seconds
-    tokens = config["batch_size_autoencoder"] / step
-    minutes = step * config["num_batches"] / 60
-    return f"expected: {minutes:.1f} minutes at {tokens:.0f} tokens/s, checkpoints aside"
+        return trainer.losses[-1]
+
+    def seconds(work):
+        work().sum().item()  # reading a number waits for the device
+        started = time.perf_counter()
+        for _ in range(2):
+            last = work()
+        last.sum().item()
+        return (time.perf_counter() - started) / 2
+
+    llm = seconds(forward) * size / len(chunks[0])
+    batch_ND = chunks[0][torch.arange(size, device=chunks[0].device) % len(chunks[0])]
+    batch_seconds = max(llm, seconds(step)) if overlap else llm + seconds(step)
+    minutes = batch_seconds * config["num_batches"] / 60
+    return f"expected: {minutes:.1f} minutes at {size / batch_seconds:.0f} tokens/s, checkpoints aside"
 
 
 def saved_run(path, config, resume):
@@ -152,6 +177,8 @@ def saved_run(path, config, resume):
             raise InputError(f"--resume needs {path}/resume.pt, which is not there")
         return None
     saved = load_pt(path / "resume.pt", "the state of a run", ("config", "trainer", "metrics_bytes"))
+    if (path / "metrics.jsonl").stat().st_size < saved["metrics_bytes"]:
+        raise InputError(f"--resume needs all of {path}/metrics.jsonl, some of it is gone")
     before = saved["config"]
     given = {k: v for k, v in config.items() if k != "num_batches_preload" or v is not None}
     differ = [f"{k} was {before.get(k)}, is {v}" for k, v in given.items() if before.get(k) != v]
@@ -167,6 +194,8 @@ class RunFolder:
         self.path, self.config, self.saved_at = Path(path), config, time.monotonic()
         self._metrics = self.path / "metrics.jsonl"
         self.path.mkdir(parents=True, exist_ok=True)
+        for partial in self.path.rglob(".*.partial"):  # what a kill in the middle of writing left
+            partial.unlink()
         with open(self._metrics, "ab") as handle:
             # Lines that were written after resume.pt: their steps are trained again.
             handle.truncate(saved["metrics_bytes"] if saved else 0)
@@ -216,16 +245,16 @@ def bar_figures(events):
         if event["event"] == "log":
             shown |= {"loss": f"{event['loss']:.4g}", "L0": f"{event['l0']:.1f}", "dead": event["dead"]}
         if event["event"] == "checkpoint":
-            shown |= {"EV": _three(event["explained_variance"]), "recovered": _three(event["loss_recovered"])}
+            shown |= {"held out": held_out(event)}
     return shown
 
 
-def summary(metrics):
-    """The last checkpoint's held-out figures in a line."""
-    last = [line for line in metrics if line["event"] == "checkpoint"][-1]
+def held_out(event):
+    """A checkpoint's held-out figures in a line."""
     return (
-        f"L0 {last['l0']:.1f}, explained variance {_three(last['explained_variance'])}, loss recovered "
-        f"{_three(last['loss_recovered'])}, dead {last['dead_share']:.1%}"
+        f"L0 {event['l0']:.1f}, explained variance {_three(event['explained_variance'])}, loss recovered "
+        f"{_three(event['loss_recovered'])} ({event['ce_sae']:.3f} for {event['ce']:.3f}), "
+        f"dead {event['dead_share']:.1%}"
     )
 
 

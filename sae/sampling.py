@@ -16,6 +16,7 @@ from sae.tokens import open_dataset, read_contexts
 # The flags that decide which samples come out, beside the seed.
 OWN_FLAGS = (
     "num_samples", "log_freq_lower", "log_freq_upper", "num_top", "num_spread", "num_random", "batch_size",
+    "autoencoder_path",
 )  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """Documents from a folder or file, from web addresses or from the hub, shared out among processes."""
 
+import lzma
 import os
 import random
 import re
 import sys
 import urllib.error
 import urllib.request
+import zlib
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,12 +24,13 @@ BUILDERS = {
     "csv": "csv",
 }
 PACKINGS = {".gz", ".zst", ".bz2", ".xz"}
+BROKEN = (EOFError, zlib.error, lzma.LZMAError)  # what ends too early in a packed file
 NEVER_SOURCE = {"parquet", "arrow", "jsonl", "ndjson"}
 BESIDE_DATA = {"readme.md", "license", "license.md", "license.txt", "dataset_infos.json"}
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
 STALL_S = 60
-BLOCK_TRIES = 4
+BLOCK_TRIES = 4  # of a read from the network; none again inside a packed file, which would go on behind a gap
 
 
 class Skipped(NamedTuple):
@@ -88,10 +91,9 @@ class Rows:
                 yield text
         except KeyError as err:
             raise InputError(f"a column {err} needed in all of {self.name}, a row lacks it") from err
-        except (
-            ValueError,
-            datasets.exceptions.DatasetsError,
-        ) as err:  # what pyarrow and datasets raise for broken data
+        except (ValueError, *BROKEN, datasets.exceptions.DatasetsError) as err:
+            if isinstance(err, BROKEN) and self.remote:
+                raise ConnectionError(str(err)) from err
             raise InputError(f"readable data files needed in {self.name}: {err}") from err
 
 
@@ -148,14 +150,16 @@ def _data_kind(path, files):
     """Which kind of data file a folder is made of, None for a tree of source files."""
     beside = [file for file in files if file.name.lower() not in BESIDE_DATA]
     kinds = {_ending(file) for file in beside}
-    data = kinds & set(NEVER_SOURCE) or (kinds if len(kinds) == 1 and kinds <= set(BUILDERS) else set())
-    if len(data) > 1:
-        raise InputError(f"data files of one kind needed in {path}, there are {', '.join(sorted(data))}")
-    return data.pop() if data else None
+    if kinds & NEVER_SOURCE and len(kinds) > 1:
+        few = ", ".join(sorted(kind or "no ending" for kind in kinds)[:6])
+        raise InputError(f"data files of one kind, or source files alone, needed in {path}, there are {few}")
+    return kinds.pop() if len(kinds) == 1 and kinds <= set(BUILDERS) else None
 
 
 def _remote(arguments):
     name = arguments.dataset_name
+    if "://" in name and arguments.data_dir:
+        raise InputError(f"--data_dir is for folders and hub datasets, --dataset_name {name} names files")
     if "://" not in name:
         return name, {"name": arguments.dataset_config, "data_dir": arguments.data_dir}
     kind = _ending(name)
@@ -177,23 +181,30 @@ def _spread(address):
 def _open_rows(arguments, name, options):
     import datasets
 
-    # A broken connection is mended block by block here at first, and shard by shard in `_persistent`.
-    datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = BLOCK_TRIES
-    datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
     if "://" in arguments.dataset_name:
         import aiohttp
 
         timeout = aiohttp.ClientTimeout(sock_connect=STALL_S, sock_read=STALL_S)
         options["storage_options"] = {"client_kwargs": {"timeout": timeout}}
     try:
-        stream = datasets.load_dataset(name, split=arguments.split, streaming=True, **options)
+        builder = datasets.load_dataset_builder(name, **options)
+        files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+        # A broken connection is mended block by block here at first, and shard by shard in `_persistent`.
+        tries = 1 if any(Path(file).suffix in {*PACKINGS, ".zip"} for file in files) else BLOCK_TRIES
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
+        datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
+        stream = builder.as_streaming_dataset(split=arguments.split)
         field = _text_field(arguments, stream)
     except datasets.exceptions.DatasetNotFoundError as err:
         login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones"
         raise InputError(f"a dataset needed, got {name!r}: {err}{login}") from err
     except FileNotFoundError as err:
-        raise _refusal(arguments.dataset_name, err) from err
-    except (ValueError, datasets.exceptions.DatasetsError) as err:
+        if "://" in arguments.dataset_name:
+            raise _refusal(arguments.dataset_name, err) from err
+        raise InputError(f"data files needed in {arguments.dataset_name!r}: {err}") from err
+    except (ValueError, *BROKEN, datasets.exceptions.DatasetsError) as err:
+        if isinstance(err, BROKEN) and not Path(arguments.dataset_name).exists():
+            raise ConnectionError(str(err)) from err  # a connection that broke, and is tried again
         raise InputError(f"a dataset that opens needed, got {arguments.dataset_name!r}: {err}") from err
     return Rows(stream, field, arguments.dataset_name)
 

@@ -71,6 +71,7 @@ def run_worker(folder, plan, process, report, stopping, pause):
     state = tokens.load_states(folder, plan)[process]
     files = tokens.ArrowFiles(folder, plan, process, state)
     if files.full:
+        report(state.counts() | {"contexts": files.contexts})
         return True
     readers = [
         partial(
@@ -85,20 +86,21 @@ def run_worker(folder, plan, process, report, stopping, pause):
     ]
     told = 0.0
 
-    def watched(documents):
+    def watched(items):
         nonlocal told
-        for document in documents:
+        for item in items:
             if time.monotonic() - told > SECONDS_BETWEEN_REPORTS:
                 told = time.monotonic()
                 report(state.counts() | {"contexts": files.contexts})
                 if stopping():
                     raise Stopped
-            yield document
+            yield item
 
     tokenizer = ExactTokenizer((folder / "tokenizer.json").read_text())
     documents = watched(sources.alternate(readers, state.position))
     try:
-        for ids, document in find_contexts(tokenizer, documents, state, plan, process):
+        # Both: a document may have no context, or millions.
+        for ids, document in watched(find_contexts(tokenizer, documents, state, plan, process)):
             files.add(ids, document)
             if files.full:
                 return True
@@ -127,14 +129,18 @@ def _worker_main(folder, plan, process, parent, connection, stop):
         connection.send(("counts", counts))
 
     def pause(seconds):
-        if stop.wait(seconds):
+        end = time.monotonic() + seconds
+        while not stopping() and time.monotonic() < end:
+            stop.wait(min(seconds, 1))
+        if stopping():
             raise Stopped
 
     def stopping():
         return stop.is_set() or os.getppid() != parent
 
     try:
-        with lock(folder / f"worker-{process:05d}.lock", wait_s=30):
+        # An orphan of a killed run may still wait for a silent server.
+        with lock(folder / f"worker-{process:05d}.lock", wait_s=sources.STALL_S + 30):
             full = run_worker(folder, plan, process, report, stopping, pause)
         connection.send(("done" if full else "short", None))
     except Stopped:
@@ -185,8 +191,12 @@ def read_finished(save_path, flags):
         return None
     if not (save_path / tokens.INFO_FILE).is_file():
         raise InputError(f"an empty or no folder needed at --save_path {save_path}, something else is there")
-    info = json.loads((save_path / tokens.INFO_FILE).read_text())
-    _refuse_other_flags(info["dataset_arguments"] | info, flags, f"the dataset at {save_path}")
+    try:
+        info = json.loads((save_path / tokens.INFO_FILE).read_text())
+        there = info["dataset_arguments"] | info
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"a whole {tokens.INFO_FILE} needed in --save_path {save_path}") from None
+    _refuse_other_flags(there, flags, f"the dataset at {save_path}")
     return info
 
 
@@ -204,13 +214,23 @@ def _refuse_other_flags(there, flags, what):
 def start_or_resume(folder, plan, tokenizer_json):
     """The workers' states in the working folder, which is made when there is none."""
     plan_path = folder / "plan.json"
-    if plan_path.exists():
+    if plan_path.exists() and (folder / "dataset").is_dir():
         _refuse_other_flags(json.loads(plan_path.read_text()), plan, f"what was begun in {folder}")
     else:
-        (folder / "dataset").mkdir(parents=True, exist_ok=True)
+        _clear(folder)  # what a kill left that came while it was being removed
+        (folder / "dataset").mkdir(parents=True)
         (folder / "tokenizer.json").write_text(tokenizer_json)
         tokens.save_json(plan_path, plan)
     return tokens.load_states(folder, plan)
+
+
+def _clear(folder):
+    """Empty the working folder, but for the lock that is held."""
+    for path in folder.glob("*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != "lock":
+            path.unlink()
 
 
 def run_workers(folder, plan, stopping, show):
@@ -222,13 +242,17 @@ def run_workers(folder, plan, stopping, show):
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     workers, outcome, counts, errors = {}, {}, {}, []
-    for process in range(plan["num_processes"]):
-        receiver, sender = context.Pipe(duplex=False)
-        arguments = (folder, plan, process, os.getpid(), sender, stop)
-        worker = context.Process(target=_worker_main, args=arguments, daemon=True)
-        worker.start()
-        sender.close()
-        workers[receiver] = (process, worker)
+    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are told to stop; they inherit this
+    try:
+        for process in range(plan["num_processes"]):
+            receiver, sender = context.Pipe(duplex=False)
+            arguments = (folder, plan, process, os.getpid(), sender, stop)
+            worker = context.Process(target=_worker_main, args=arguments, daemon=True)
+            worker.start()
+            sender.close()
+            workers[receiver] = (process, worker)
+    finally:
+        signal.signal(signal.SIGINT, heard)
     try:
         while workers:
             for receiver in wait(list(workers), timeout=0.2):
@@ -294,10 +318,11 @@ def write_dataset(save_path, flags, tokenizer_json, vocab_size, stopping):
     flags: as on the command line. tokenizer_json: the text of a tokenizer.json. `stopping()` asks for an
     early end. Returns a line that says what was done, and whether it was done to the end.
     """
+    folder = working_folder(save_path)
     if read_finished(save_path, flags):
+        shutil.rmtree(folder, ignore_errors=True)
         return f"{save_path} is complete already, made with the same flags", True
     plan = make_plan(flags, tokenizer_json)
-    folder = working_folder(save_path)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
         states = start_or_resume(folder, plan, tokenizer_json)

@@ -42,14 +42,12 @@ class Trainer:
             parameter.grad = torch.zeros_like(parameter)
         device, features = autoencoder.b_enc.device, len(autoencoder.b_enc)
         self.batch = 0
-        self.fired_F = torch.zeros(
-            features, dtype=torch.int64, device=device
-        )  # rows since the last checkpoint
+        # Rows since the last checkpoint.
+        self.fired_F = torch.zeros(features, dtype=torch.int64, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
         self.rows_since_checkpoint = 0
         self.revived = []  # of recent resamplings: [batch, features, which of them fired again]
         self.losses = []  # per batch since the last log line: [squared error, l1, L0] per row, on the device
-        # batches
         block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
         self._blocks = [slice(start, start + block) for start in range(0, features, block)]
         self._refresh()
@@ -134,6 +132,7 @@ class Trainer:
     @torch.no_grad()
     def resample(self, plan, seed, buffer):
         """Revive the features silent for `plan.window` batches; returns the event for the log."""
+        self.finite_losses()  # else inputs would be drawn by weights that are no numbers
         dead_K = (self.silent_F >= plan.window).nonzero()[:, 0]
         rng = np.random.default_rng([seed, 2, self.batch])
         slots = buffer.sample(resampling.NUM_INPUTS, rng)
@@ -201,9 +200,14 @@ class Trainer:
     def restore(self, state):
         self.autoencoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["adam"])
+        device = self.fired_F.device
         for name in _COUNTERS:
-            setattr(self, name, state[name])
-        self.losses = list(state["losses"])
+            value = state[name]
+            setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        self.revived = [
+            [batch, revived.to(device), again.to(device)] for batch, revived, again in self.revived
+        ]
+        self.losses = list(state["losses"].to(device))
         self._refresh()
 
 

@@ -1,4 +1,6 @@
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -89,6 +91,9 @@ def test_layers_and_hookpoints_that_are_not_there(tiny_llama):
     for layer in (-1, 3):
         with pytest.raises(InputError, match=f"0 to 2.*got {layer}"):
             find_hookpoint(bones, "model.layers.{}.mlp", layer)
+    for template in ("layers.{}.{}", "{x}", "{"):
+        with pytest.raises(InputError, match=r"one \{\} for the layer"):
+            find_hookpoint(bones, template, 1)
     with pytest.raises(InputError, match=r"closest: model\.layers\.1\.mlp"):
         find_hookpoint(bones, "model.layers.{}.mpl", 1)
 
@@ -99,11 +104,42 @@ def test_on_output_replaces_the_first_of_a_tuple(tiny_llama):
     plain = model(ids_BT).logits
     for name in ("mlp_sublayer", "attn_sublayer"):
         module, _ = find_hookpoint(model, TEMPLATES[name], 1)
-        with on_output(module, lambda first: None):
+        with on_output(module, ids_BT.shape, lambda first: None):
             assert torch.equal(model(ids_BT).logits, plain)
-        with on_output(module, torch.zeros_like):
+        with on_output(module, ids_BT.shape, torch.zeros_like):
             assert not torch.allclose(model(ids_BT).logits, plain)
         assert torch.equal(model(ids_BT).logits, plain)
+
+
+def test_a_module_that_sees_contexts_and_tokens_flattened(tmp_path):
+    """OPT's activation function does: [B * T, D]."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_attention_heads": 2}
+    OPTForCausalLM(OPTConfig(vocab_size=50, num_hidden_layers=2, **sizes)).save_pretrained(tmp_path)
+    model, ids_BT = load_model(str(tmp_path), "cpu", "float32"), torch.arange(12).view(2, 6)
+    module, _ = find_hookpoint(model, "model.decoder.layers.{}.activation_fn", 1)
+    acts_BTD = activations_at(model, module, ids_BT)
+    assert acts_BTD.shape == (2, 6, 24)
+    bones = skeleton(str(tmp_path))
+    assert activation_width(bones, bones.model.decoder.layers[1].activation_fn) == 24
+    plain = model(ids_BT).logits
+    with on_output(module, ids_BT.shape, lambda first: first + (first != acts_BTD)):
+        assert torch.equal(model(ids_BT).logits, plain)
+    with on_output(module, ids_BT.shape, torch.zeros_like):
+        assert not torch.allclose(model(ids_BT).logits, plain)
+
+
+def test_passes_of_other_threads_are_left_alone(tiny_llama):
+    """The buffer is filled in one thread while a checkpoint is judged in another."""
+    model = load_model(tiny_llama, "cpu", "float32")
+    module, _ = find_hookpoint(model, TEMPLATES["mlp_sublayer"], 1)
+    ids_BT = torch.arange(8)[None]
+    plain, acts_BTD = model(ids_BT).logits, activations_at(model, module, ids_BT)
+    with on_output(module, ids_BT.shape, torch.zeros_like), ThreadPoolExecutor(1) as other:
+        assert torch.equal(other.submit(model, ids_BT).result().logits, plain)
+        assert torch.equal(other.submit(activations_at, model, module, ids_BT).result(), acts_BTD)
+        assert not torch.allclose(model(ids_BT).logits, plain)
 
 
 def test_rows_leave_out_the_first_positions(tiny_llama):
@@ -113,6 +149,19 @@ def test_rows_leave_out_the_first_positions(tiny_llama):
     acts_BTD = activations_at(model, module, ids_BT)
     (rows_ND,) = activation_rows(model, module, [ids_BT], skip_positions=2)
     assert torch.equal(rows_ND, torch.cat([acts_BTD[0, 2:], acts_BTD[1, 2:]]))
+
+
+def test_prefetch_works_while_its_reader_does():
+    """What follows is being made while the reader still holds the item before."""
+    making = [threading.Event() for _ in range(4)]
+
+    def make():
+        for event in making:
+            event.set()
+            yield event
+
+    for number, _item in enumerate(prefetch(make(), depth=1)):
+        assert making[min(number + 1, 3)].wait(30)
 
 
 def test_prefetch_keeps_order_raises_and_stops():

@@ -504,6 +504,19 @@ def test_patience_counts_from_the_last_success(proxy, client, index, short_pause
     assert (writer.sent, writer.unsent) == (5, 0)
 
 
+def test_patience_begins_when_the_work_has_ended(proxy, client, index, short_pauses):
+    """However long the server had been away before."""
+    ensure_index(client, index, ORIGIN)
+    there = connect(proxy.address, KEY)
+    proxy.fault = lambda _request: refusal(503, "down")
+    with Writer(there, index, 20) as writer:
+        writer.patience_s = 2
+        writer.submit(document(1))
+        time.sleep(3)
+        threading.Timer(0.5, setattr, (proxy, "fault", lambda _request: None)).start()
+    assert (writer.sent, writer.unsent) == (1, 0)
+
+
 def test_a_revoked_key_is_not_waited_for(proxy, client, index, capfd):
     ensure_index(client, index, ORIGIN)
     there = connect(proxy.address, KEY)

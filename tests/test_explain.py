@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models, normalizers
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sae import InputError, explain, plan, prompts
 from sae.interpreter import Interpreter, digit_ids
@@ -204,6 +205,42 @@ def test_explanations_of_a_batch_are_those_of_generate_one_by_one(interpreter):
         ids = interpreter.tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"]
         out = interpreter.model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert text == prompts.sentence(interpreter.tokenizer.decode(out, skip_special_tokens=True))[0]
+
+
+def test_readings_that_are_no_numbers_are_refused(interpreter):
+    head = interpreter.model.get_output_embeddings()
+    with pytest.raises(InputError, match="finite logits needed"):
+        handle = head.register_forward_hook(lambda _mod, _in, out: out * float("inf"))
+        try:
+            interpreter.readings("the word import", [["a", "b"]], 1)
+        finally:
+            handle.remove()
+
+
+def test_an_interpreter_that_reads_too_little_is_refused(interpreter, monkeypatch):
+    monkeypatch.setattr(interpreter, "positions", 600)
+    with pytest.raises(InputError, match="tokens needed, this one reads 600"):
+        interpreter.explanations(["x\t0\n" * 400])
+
+
+def test_a_text_that_goes_on_is_encoded_as_if_it_had_not_been_cut(interpreter):
+    """SentencePiece (Llama 2, CodeLlama) puts a space before whatever it is given."""
+    characters = [chr(code) for code in range(32, 127)] + ["▁", "·"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {token: id for id, token in enumerate(["<unk>", *bytes_, *characters, "▁t", "▁th"])}
+    merges = [("▁", "t"), ("▁t", "h")]
+    bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    llama = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    texts = "<s>[INST] what:\n", "the word import [/INST] ", "import\t0\n·os\t0\n\\n\t0\n"
+    for tokenizer in (llama, interpreter.tokenizer):
+        reader = Interpreter(interpreter.model, tokenizer)
+        whole = tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
+        parts = [reader.encode(text, reader._before if text != texts[0] else "") for text in texts]
+        assert [id for ids, _ in parts for id in ids] == whole
+        for text, (ids, spans) in zip(texts[1:], parts[1:], strict=True):
+            assert [start for start, _ in spans] == sorted(start for start, _ in spans)
+            assert (spans[0][0], spans[-1][1]) == (0, len(text)) and len(ids) == len(spans)
 
 
 def test_a_tokenizer_that_joins_digits_is_refused():

@@ -1,6 +1,8 @@
 """The script and its worker processes: what they write, and that nothing which happens to them changes it."""
 
+import gzip
 import http.server
+import itertools
 import json
 import os
 import random
@@ -261,12 +263,13 @@ def test_a_worker_goes_on_from_what_any_moment_left_on_the_disk(tmp_path, monkey
         "dataset_name": str(parquet),
     }
     plan = tokenise.make_plan(FLAGS | flags, tokenizer.to_str())
-    folder, moments = tmp_path / "run", []
+    folder, moments, calls = tmp_path / "run", [], itertools.count()
     tokenise.start_or_resume(folder, plan, tokenizer.to_str())
 
     def snapshot(_counts):
-        moments.append(tmp_path / f"{len(moments)}")
-        shutil.copytree(folder, moments[-1])
+        if next(calls) % 50 == 0:
+            moments.append(tmp_path / f"{len(moments)}")
+            shutil.copytree(folder, moments[-1])
 
     assert tokenise.run_worker(folder, plan, 0, snapshot, lambda: False, None)
     assert len(moments) > 9
@@ -296,6 +299,31 @@ def test_ctrl_c_keeps_what_is_written(start, tmp_path, undisturbed):
     run = start(tmp_path / "out")
     assert "going on from" in run.communicate(timeout=120)[0]
     assert content(tmp_path / "out") == undisturbed
+
+
+def test_ctrl_c_while_the_workers_start(start, tmp_path):
+    run = start(tmp_path / "out")
+    wait_for(lambda: _workers(run.pid), run)
+    os.killpg(run.pid, signal.SIGINT)
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the same command goes on from there" in said, errors
+    assert "Traceback" not in errors
+
+
+def test_what_a_kill_left_while_the_working_folder_was_removed(tmp_path, tokenizer, parquet):
+    out, folder = tmp_path / "out", tmp_path / ".out.partial"
+    write(out, tokenizer, dataset_name=parquet)
+    done = content(out)
+    folder.mkdir()
+    state = {"files": 2, "rows": 0, "bytes": 0, "fingerprints": ["0", "1"]}
+    (folder / "worker-00000.json").write_text(json.dumps(state))
+    assert "complete already" in write(out, tokenizer, dataset_name=parquet)
+    assert not folder.exists()
+    shutil.rmtree(out)
+    folder.mkdir()
+    (folder / "worker-00000.json").write_text(json.dumps(state))
+    write(out, tokenizer, dataset_name=parquet)
+    assert content(out) == done
 
 
 def test_a_worker_that_dies_ends_the_run(start, tmp_path):
@@ -367,6 +395,7 @@ def test_documents_that_end_early(tmp_path, parquet, texts, tokenizer):
         (["2", "5", "--min_tokens", "0"], ["--min_tokens"]),
         (["2", "5", "--num_processes", "-1"], ["--num_processes"]),
         (["2", "5", "--seed", "x"], ["--seed", "x"]),
+        (["2", "5", "--seed", str(2**63)], ["--seed", str(2**63)]),
         (["2"], ["num_samples_per_file"]),
     ],
 )
@@ -390,6 +419,25 @@ def test_missing_inputs_are_refused(tmp_path, smollm2):
         run_script(SCRIPT, 2, 5, "--tokenizer_name", "./no_tokenizer", cwd=tmp_path), "no_tokenizer"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_data_that_is_broken_or_mixed_is_refused(tmp_path, tokenizer, shards):
+    packed = (shards / "0.jsonl.gz").read_bytes()
+    (tmp_path / "torn.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(InputError, match=r"torn\.jsonl\.gz"):
+        write(tmp_path / "out", tokenizer, dataset_name=tmp_path / "torn.jsonl.gz", num_samples_per_file=100)
+    shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a.py").write_text("import os")
+    (tmp_path / "tree" / "fixture.jsonl").write_text('{"content": "x"}')
+    with pytest.raises(InputError, match=r"source files alone, needed in .*tree, there are jsonl, py"):
+        write(tmp_path / "out", tokenizer, dataset_name=tmp_path / "tree")
+    with pytest.raises(InputError, match="--data_dir"):
+        write(tmp_path / "out", tokenizer, dataset_name="http://host/a.parquet", data_dir=["a", "b"])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tokenized_dataset.json").write_text("{")
+    with pytest.raises(InputError, match=r"a whole tokenized_dataset\.json needed"):
+        write(tmp_path / "out", tokenizer, dataset_name=shards)
 
 
 def test_help_is_quick_and_says_the_defaults(tmp_path):
@@ -477,8 +525,6 @@ def serve():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory, texts):
-    import gzip
-
     folder = tmp_path_factory.mktemp("shards")
     for n in range(2):
         half = [{"content": text} for text in texts[n::2]]
@@ -495,29 +541,30 @@ def _remote(address):
 @pytest.mark.parametrize("ending", ["parquet", "jsonl.gz"])
 def test_a_connection_that_breaks_loses_and_repeats_nothing(ending, serve, shards, texts, monkeypatch):
     monkeypatch.setattr(sources, "STALL_S", 0.5)
-    monkeypatch.setattr(sources, "BLOCK_TRIES", 1)
-    faults = [
-        503,
-        500,
-        "drop",
-        None,
-        None,
-        503,
-        "drop",
-        "stall",
-        "drop",
-        503,
-        None,
-        "stall",
-        503,
-        "drop",
-    ]
+    faults = [503, 500, "drop", None, None, 503, "drop", "stall", "drop", 503, None, "stall", 503, "drop"]
     server = serve(shards, faults)
     pauses = []
     source = sources.open_patiently(_remote(f"{server.address}/{{0..1}}.{ending}"), pauses.append)
     read = [text for _at, text in sources.read_documents(source, 0, 0, 1, pauses.append, [0, 0, 0])]
     assert read in (texts[0::2] + texts[1::2], texts[1::2] + texts[0::2])
     assert server.faults == [] and len(pauses) >= 1
+
+
+@pytest.mark.parametrize("ending", ["csv.gz", "jsonl.gz"])
+def test_a_fault_within_a_packed_file_loses_nothing(ending, serve, tmp_path, monkeypatch):
+    """fsspec fetches blocks of 5 MiB: the second one fails."""
+    rng = random.Random(0)
+    rows = [{"content": f"{n} {rng.randbytes(9000).hex()}"} for n in range(900)]
+    data = datasets.Dataset.from_list(rows)
+    with gzip.open(tmp_path / f"all.{ending}", "wb") as handle:
+        data.to_csv(handle) if ending.startswith("csv") else data.to_json(handle)
+    assert (tmp_path / f"all.{ending}").stat().st_size > 6 << 20
+    server, pauses = serve(tmp_path), []
+    source = sources.open_patiently(_remote(f"{server.address}/all.{ending}"), pauses.append)
+    server.faults += [None, 503]
+    read = [text for _at, text in sources.read_documents(source, 0, 0, 1, pauses.append, [0, 0, 0])]
+    assert read == [row["content"] for row in rows]
+    assert server.faults == [] and pauses
 
 
 def test_a_dataset_streamed_over_a_broken_network_has_the_same_bytes(

@@ -49,6 +49,12 @@ def test_a_torn_last_line_is_cut_off_once(path, tail):
     assert read_journal(path)[1] is False
 
 
+def test_who_only_looks_leaves_the_file_alone(path):
+    path.write_bytes(before := path.read_bytes() + b'{"dim": 9}')
+    assert read_journal(path, mend=False)[1] is True
+    assert path.read_bytes() == before
+
+
 def test_every_cut_leaves_whole_documents(path):
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1

@@ -73,12 +73,13 @@ def test_activations_become_whole_numbers_and_what_fires_is_not_nothing():
 def test_what_fires_is_listed_again_where_it_is_less_than_a_fifth():
     few = (["a", "b", "·c", "d", "e", "f"], [0, 0, 7, 0, 0, 0])
     assert prompts.explain_question([few]) == (
-        "<start>\na\t0\nb\t0\n·c\t7\nd\t0\ne\t0\nf\t0\n<end>\nWhere it fires:\n<start>\n·c\t7\n<end>\n"
+        "<start>\na\t0\nb\t0\n·c\t7\nd\t0\ne\t0\nf\t0\n<end>\n"
+        "Where it fires, strongest first:\n<start>\n·c\t7\n<end>\n"
     )
     fifth = (["a", "b", "c", "d", "e"], [0, 3, 0, 0, 0])
     assert "Where it fires" not in prompts.explain_question([fifth])
     two = prompts.explain_question([few, (["x"] * 6, [0] * 6)])
-    assert two.count("<start>") == 3 and two.endswith("Where it fires:\n<start>\n·c\t7\n<end>\n")
+    assert two.count("<start>") == 3 and two.endswith("strongest first:\n<start>\n·c\t7\n<end>\n")
 
 
 def test_the_chat_template_of_the_interpreter_is_used(tokenizer):

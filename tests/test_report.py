@@ -33,6 +33,7 @@ def write_run(folder, dataset_path, tokenizer, fires, length, documents=()):
         "act_vec_size": 8, "dict_vec_size": 320, "layer_id": 1, "layer_type": "mlp_activations",
         "hookpoint": "model.layers.1.mlp.act_fn", "model_name": tokenizer, "skip_positions": 1,
         "trained_batches": 7, "trained_tokens": 1792, "log_freq_lower": -2.0, "log_freq_upper": -0.1,
+        "autoencoder_path": str(folder / "7.pt"),
     }  # fmt: skip
     save_checkpoint(folder / "7.pt", config, autoencoder, frequency)
     (folder / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "batch": 7, **METRICS}) + "\n")
@@ -151,7 +152,10 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     for figure in ("12.3", "0.876", "0.912", "25.0%"):
         assert f"<dd>{figure}</dd>" in page
     assert "src=" not in page.replace("src=x", "") and 'href="http' not in page
-    assert report.build(folder / "samples.pt", small_dataset, autoencoder_path=folder / "7.pt") == page
+    # The samples name their checkpoint; without it the page says less.
+    assert report.build(folder / "samples.pt", small_dataset) == page
+    (folder / "7.pt").unlink()
+    assert "0.876" not in report.build(folder / "samples.pt", small_dataset)
 
 
 def test_what_does_not_belong_together_is_refused(run, tmp_path, stdlib_contexts, smollm2):

@@ -104,13 +104,16 @@ def test_it_runs_exactly_num_batches_and_logs_means():
     assert logs[-1]["loss"] < logs[0]["loss"]
 
 
-def test_a_loss_that_is_not_finite_names_its_batch():
+@pytest.mark.parametrize("plan", [None, Resampling("anthropic", 30)])
+def test_a_loss_that_is_not_finite_names_its_batch(plan):
+    """At the next line of the log, or at a resampling before it."""
+
     def poisoned():
         for number, chunk in enumerate(endless()):
             yield chunk if number != 20 else torch.full_like(chunk, float("inf"))
 
     with pytest.raises(InputError, match=r"batch 21 gave (nan|inf)"):
-        list(train(new_trainer(), ShuffleBuffer(poisoned(), 50, 60, 1, 0), 60, None, 0))
+        list(train(new_trainer(), ShuffleBuffer(poisoned(), 50, 60, 1, 0), 60, plan, 0))
 
 
 def test_a_broken_state_is_never_saved(tmp_path):
