@@ -133,6 +133,8 @@ def test_right_explanations_score_high_and_controls_low():
 def test_a_feature_alone_has_no_control_and_a_silent_one_no_score():
     (alone,) = explain.explain_group([feature(1, "import")], Reader())
     assert alone["control"] is None and alone["control_dim"] is None and alone["score"] == 1.0
+    assert "no other feature" in alone["control_reason"]
+    assert "1 features explained: median score 1.00; 1 in" in explain.summary([alone], 1, 1.0)
     silent = feature(3, "nowhere")
     (document,) = explain.explain_group([silent._replace(scored=silent.scored[1:2])], Reader())
     assert document["score"] is None  # Reader explains "def", the context fires on `nowhere` alone
@@ -232,8 +234,8 @@ def test_a_text_that_goes_on_is_encoded_as_if_it_had_not_been_cut(interpreter):
     bpe = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", byte_fallback=True))
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     llama = PreTrainedTokenizerFast(tokenizer_object=bpe)
-    texts = "<s>[INST] what:\n", "the word import [/INST] ", "import\t0\n·os\t0\n\\n\t0\n"
-    for tokenizer in (llama, interpreter.tokenizer):
+    for tokenizer, tail in ((llama, " [/INST] "), (interpreter.tokenizer, "<|im_start|>assistant\n")):
+        texts = "<s>[INST] what:\n", f"the word import{tail}", "import\t0\n·os\t0\n\\n\t0\n"
         reader = Interpreter(interpreter.model, tokenizer)
         whole = tokenizer("".join(texts), add_special_tokens=False)["input_ids"]
         parts = [reader.encode(text, reader._before if text != texts[0] else "") for text in texts]
@@ -251,9 +253,12 @@ def test_a_tokenizer_that_joins_digits_is_refused():
 
 def test_a_journal_of_another_interpreter_is_refused():
     origin = {"samples_fingerprint": "a", "interpretation_model": "m", "simulation": "contrastive"}
+    origin["settings"] = "seed=0"
     plan.check_journal({1: origin}, origin, "here")
     with pytest.raises(InputError, match=r"interpretation_model m needed.*has other"):
         plan.check_journal({1: origin | {"interpretation_model": "other"}}, origin, "here")
+    with pytest.raises(InputError, match=r"settings seed=0 needed.*has seed=1"):
+        plan.check_journal({1: origin | {"settings": "seed=1"}}, origin, "here")
 
 
 def test_skipped_positions_are_neither_shown_nor_scored(small_dataset, smollm2):

@@ -219,6 +219,11 @@ def test_bad_input_is_refused_in_one_line(inputs, model, tmp_path):
     cut.write_bytes((inputs / "samples.pt").read_bytes()[:1000])
     refused(inputs, model, "cut.pt", "truncated", interpretation_samples_path=cut)
     refused(inputs, tmp_path / "nomodel", "nomodel")
+    # A key in two words: it is not shown.
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    result = run_script("interpret_autoencoder_deepspeed.py", "host", "ApiKey", "s3cret", env=environment)
+    assert result.returncode == 2 and "1 arguments more than needed came" in result.stderr
+    assert "s3cret" not in result.stderr + result.stdout
 
 
 def test_one_line_for_all_processes(inputs, elasticsearch_url, model, tmp_path):
