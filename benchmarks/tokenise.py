@@ -113,7 +113,7 @@ def main():
     parser.add_argument("--tokenizer", default="inputs/smollm2")
     parser.add_argument("--corpus", default="inputs/stdlib")
     parser.add_argument("--min_tokens", type=int, default=256)
-    parser.add_argument("--copies", type=int, default=16, help="of the corpus, for the rates of processes")
+    parser.add_argument("--copies", type=int, default=96, help="of the corpus, for the rates of processes")
     parser.add_argument("--memory", type=int, nargs="*", default=[10, 30, 300], help="megabytes of text")
     args = parser.parse_args()
 

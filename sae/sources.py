@@ -193,6 +193,7 @@ def _open_rows(arguments, name, options):
         tries = 1 if any(Path(file).suffix in {*PACKINGS, ".zip"} for file in files) else BLOCK_TRIES
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
         datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
+        datasets.config.TORCH_AVAILABLE = False  # a stream would load it, which takes longer than all else
         stream = builder.as_streaming_dataset(split=arguments.split)
         field = _text_field(arguments, stream)
     except datasets.exceptions.DatasetNotFoundError as err:

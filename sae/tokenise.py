@@ -242,7 +242,8 @@ def run_workers(folder, plan, stopping, show):
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     workers, outcome, counts, errors = {}, {}, {}, []
-    heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # workers are told to stop; they inherit this
+    # Workers are told to stop. They inherit deaf ears; what reaches this process meanwhile comes afterwards.
+    heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for process in range(plan["num_processes"]):
             receiver, sender = context.Pipe(duplex=False)
@@ -252,7 +253,7 @@ def run_workers(folder, plan, stopping, show):
             sender.close()
             workers[receiver] = (process, worker)
     finally:
-        signal.signal(signal.SIGINT, heard)
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
     try:
         while workers:
             for receiver in wait(list(workers), timeout=0.2):
