@@ -11,7 +11,7 @@ import torch
 from sae import prompts
 from sae.plan import selections
 
-STEEPNESS, THRESHOLD = 2.0, 4.0  # of `simulated`; benchmarks/simulation.py holds the table behind them
+STEEPNESS, THRESHOLD = 2.0, 4.0  # of `simulated`; benchmarks/simulation.py makes the table behind them
 BOOTSTRAPS = 1000
 
 
