@@ -111,9 +111,8 @@ def main(args, stopping):
             folder.append(events)
             last = trainer.batch == num_batches
             if last or (args.batches_between_ckpt and trainer.batch % args.batches_between_ckpt == 0):
-                held_out = read(dataset, held_out_rows)
-                skip = args.skip_positions
-                figures = evaluation.evaluate(model, module, trainer.autoencoder, held_out, skip)
+                judged = trainer.autoencoder, read(dataset, held_out_rows), args.skip_positions
+                figures = evaluation.evaluate(model, module, *judged)
                 events = [*events, folder.save_checkpoint(trainer, figures)]
             elif folder.resume_is_old():
                 folder.save_resume(trainer)

@@ -135,7 +135,6 @@ def timed_steps(trainer, rows, config, overlap):
 
     `overlap`: LLM and autoencoder have a device each and work at once.
     """
-
     chunks, size = [], config["batch_size_autoencoder"]
 
     def forward():
