@@ -20,10 +20,19 @@ def parse_args():
     add = parser.add_argument
     positive, below_zero = cli.whole_number(1), cli.number(below=0)
     add("num_samples", type=positive, help="contexts to look at, drawn from the dataset")
-    add("--dataset_path", default="./tokenized_dataset", help="folder the checkpoint was trained on")
-    add("--autoencoder_path", default="./autoencoder.pt", help="checkpoint of the autoencoder")
-    add("--save_path", default="./interpretation_samples.pt", help="file to write")
-    add("--target_model_name", help="LLM: hub name, folder or .gguf file; default: the checkpoint's")
+    add(
+        "--dataset_path",
+        type=cli.path,
+        default="./tokenized_dataset",
+        help="folder the checkpoint was trained on",
+    )
+    add("--autoencoder_path", type=cli.path, default="./autoencoder.pt", help="checkpoint of the autoencoder")
+    add("--save_path", type=cli.path, default="./interpretation_samples.pt", help="file to write")
+    add(
+        "--target_model_name",
+        type=cli.path,
+        help="LLM: hub name, folder or .gguf file; default: the checkpoint's",
+    )
     add("--target_model_device", help="default: cuda:0, or cpu")
     add("--autoencoder_device", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")
@@ -43,11 +52,11 @@ def main(args, stopping):
     import torch
     from tqdm import tqdm
 
-    from sae import samples, sampling
+    from sae import samples
     from sae.plots import frequency_histogram
 
     started = time.monotonic()
-    run = sampling.prepare(**vars(args))
+    run = samples.prepare(**vars(args))
     rng, band = torch.Generator().manual_seed(args.seed), (args.log_freq_lower, args.log_freq_upper)
     rows_N, documents_N = run.rows(args.num_samples, rng)
     survey = samples.Survey(run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, rng)

@@ -16,7 +16,7 @@ def parse_args():
     add = parser.add_argument
     add("num_files", type=count, help="Arrow files to write, a multiple of --num_processes")
     add("num_samples_per_file", type=count, help="contexts in each file")
-    add("--save_path", default="./tokenized_dataset", help="folder to write")
+    add("--save_path", type=cli.path, default="./tokenized_dataset", help="folder to write")
     add(
         "--min_tokens",
         type=count,
@@ -24,9 +24,10 @@ def parse_args():
         help="tokens of a context: the first of each long enough document",
     )
     add("--num_processes", type=count, default=1, help="worker processes; they read disjoint documents")
-    add("--tokenizer_name", default=cli.CODELLAMA, help="hub name, folder or .gguf file")
+    add("--tokenizer_name", type=cli.path, default=cli.CODELLAMA, help="hub name, folder or .gguf file")
     add(
         "--dataset_name",
+        type=cli.path,
         default="bigcode/the-stack-dedup",
         help="hub name; local file or folder (parquet, arrow, json(l), csv, or source files, one document "
         "each); or address of data files, as in http://host/part-{00..15}.jsonl.gz",
@@ -49,17 +50,17 @@ def main():
     flags = vars(args)
     save_path = flags.pop("save_path")
     with parser.friendly_errors(), cli.stop_requested() as stopping:
-        from sae import sources, tokenise
+        from sae import tokens
 
-        tokenise.read_finished(save_path, flags)
-        sources.refuse_missing(args.dataset_name)
+        tokens.read_finished(save_path, flags)
+        tokens.refuse_missing(args.dataset_name)
         from sae import InputError, models  # imports torch and transformers, which takes seconds
 
         tokenizer = models.load_tokenizer(args.tokenizer_name)
         if not tokenizer.is_fast:
             raise InputError(f"a fast tokenizer needed, {args.tokenizer_name} has none")
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        said, done = tokenise.write_dataset(save_path, flags, tokenizer_json, len(tokenizer), stopping)
+        said, done = tokens.write_dataset(save_path, flags, tokenizer_json, len(tokenizer), stopping)
     print(said)
     return 0 if done else 130
 

@@ -21,16 +21,32 @@ def parse_args():
     add = parser.add_argument
     add("server_address", help="ElasticSearch: [http(s)://]host[:port]")
     add("api_key", help="its API key, or @FILE with the key (the launcher logs its command line: use @FILE)")
-    add("--dataset_path", default="./tokenized_dataset", help="folder of the tokenised dataset")
-    add("--interpretation_samples_path", default="./interpretation_samples.pt", help="samples to explain")
-    add("--interpretation_model_name", default="codellama/CodeLlama-34b-Instruct-hf",
+    add(
+        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="folder of the tokenised dataset"
+    )
+    add(
+        "--interpretation_samples_path",
+        type=cli.path,
+        default="./interpretation_samples.pt",
+        help="samples to explain",
+    )
+    add("--interpretation_model_name", type=cli.path, default="codellama/CodeLlama-34b-Instruct-hf",
         help="LLM that explains: hub name, folder or .gguf")  # fmt: skip
     add("--num_gpus", type=COUNT, default=4, help="processes that deepspeed started, on all machines")
-    add("--autoencoder_path", default="./autoencoder.pt", help="checkpoint that the samples were made with")
+    add(
+        "--autoencoder_path",
+        type=cli.path,
+        default="./autoencoder.pt",
+        help="checkpoint that the samples were made with",
+    )
     add("--num_interpretation_samples", type=COUNT, default=3, help="contexts an explanation is made from")
     add("--num_simulation_samples", type=COUNT, default=3, help="top contexts, and random ones, to score on")
     add("--local_rank", type=int, help="set by deepspeed")
-    add("--ssl_cert", help="file with the certificate authority of the server (default: the system's)")
+    add(
+        "--ssl_cert",
+        type=cli.path,
+        help="file with the certificate authority of the server (default: the system's)",
+    )
     add("--insecure", action="store_true", help="do not verify the server's certificate")
     add("--index", help="ElasticSearch index (default: named after the autoencoder)")
     add("--server_patience", type=cli.number(least=0), default=600,
@@ -60,8 +76,7 @@ def settings(args, device):
 def interpret(args):  # in each process
     from tqdm import tqdm
 
-    from sae import elastic, explain, journal, models, plan
-    from sae.interpreter import Interpreter, digit_ids
+    from sae import explanations, models
 
     here = processes.join(args.num_gpus)
     path = Path(args.interpretation_samples_path).with_suffix(".explanations.jsonl")
@@ -69,23 +84,23 @@ def interpret(args):  # in each process
     documents, name = {}, args.interpretation_model_name
     with here.first_decides():
         if here.rank == 0:
-            material = plan.open_material(*files)
+            material = explanations.open_material(*files)
             models.skeleton(name)
-            digit_ids(models.load_tokenizer(name))
+            explanations.digit_ids(models.load_tokenizer(name))
             origin = material.origin(name, args.simulation, settings(args, here.device))
-            documents, torn = journal.read_journal(path)
-            plan.check_journal(documents, origin, path)
-            client = elastic.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
-            index = args.index or elastic.index_name(material.samples.config)
-            elastic.ensure_index(client, index, material.samples.autoencoder_fingerprint)
-            lacking = elastic.missing(client, index, documents.values())
+            documents, torn = explanations.read_journal(path)
+            explanations.check_journal(documents, origin, path)
+            client = explanations.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
+            index = args.index or explanations.index_name(material.samples.config)
+            explanations.ensure_index(client, index, material.samples.autoencoder_fingerprint)
+            lacking = explanations.missing(client, index, documents.values())
             dropped = ", a torn last line dropped" if torn else ""
             print(
                 f"{path}: {len(documents)} features done{dropped}; {index} lacks {len(lacking)}", flush=True
             )
     done = here.everyone(set(documents))[0]
-    material = material if here.rank == 0 else plan.open_material(*files)
-    work = plan.Plan(
+    material = material if here.rank == 0 else explanations.open_material(*files)
+    work = explanations.Plan(
         material, args.num_interpretation_samples, args.num_simulation_samples, args.num_explanations,
         args.batch_size, args.max_features,
     )  # fmt: skip
@@ -97,15 +112,15 @@ def interpret(args):  # in each process
     with contextlib.ExitStack() as stack, bar:
         stopping = stack.enter_context(cli.stop_requested(forwarded=True))
         if here.rank == 0:
-            writer = stack.enter_context(elastic.Writer(client, index, args.server_patience))
-            book = stack.enter_context(journal.Journal(path))
+            writer = stack.enter_context(explanations.Writer(client, index, args.server_patience))
+            book = stack.enter_context(explanations.Journal(path))
             for document in lacking:
                 writer.submit(document)
-        interpreter = Interpreter(
+        interpreter = explanations.Interpreter(
             processes.load_model(here, name, args.dtype, args.parallel), models.load_tokenizer(name)
         ) if pending else None  # fmt: skip
         started = time.monotonic()
-        rounds = explain.explained(
+        rounds = explanations.explained(
             work, pending, here, args.parallel, interpreter,
             args.simulation, args.num_interpretation_samples, args.num_explanations, args.seed,
         )  # fmt: skip
@@ -123,7 +138,7 @@ def interpret(args):  # in each process
         seconds = time.monotonic() - started
     if here.rank:
         return 0
-    summary = explain.summary(documents.values(), len(documents) - len(done), seconds)
+    summary = explanations.summary(documents.values(), len(documents) - len(done), seconds)
     print(summary, f"wrote {path}; {writer.sent} documents sent to {index}", sep="\n")
     for dim, reason in writer.rejected:
         print(f"feature {dim}: rejected by the server: {reason}", file=sys.stderr)

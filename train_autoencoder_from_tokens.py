@@ -23,9 +23,14 @@ def parse_args():
     add("layer_id", type=count, help="layer of the LLM, counted from 0")
     add("layer_type", choices=LAYER_TYPES, help="what of the layer to train on")
     add("--num_batches", type=count, default=0, help="training steps; 0: one pass over the dataset")
-    add("--dataset_path", default="./tokenized_dataset", help="tokenised dataset (folder)")
-    add("--save_path", default="./trained_autoencoders", help="folder for checkpoints, metrics and plots")
-    add("--model_name", default=cli.CODELLAMA, help="LLM: hub name, folder or .gguf file")
+    add("--dataset_path", type=cli.path, default="./tokenized_dataset", help="tokenised dataset (folder)")
+    add(
+        "--save_path",
+        type=cli.path,
+        default="./trained_autoencoders",
+        help="folder for checkpoints, metrics and plots",
+    )
+    add("--model_name", type=cli.path, default=cli.CODELLAMA, help="LLM: hub name, folder or .gguf file")
     add("--batch_size_llm", type=positive, default=16, help="contexts in a forward pass of the LLM")
     add("--batch_size_autoencoder", type=positive, default=256, help="tokens in a training step")
     add("--num_tokens", type=count, default=0, help="use the first N tokens of every context; 0: all")
@@ -55,8 +60,7 @@ def parse_args():
 def main(args, stopping):
     from tqdm import tqdm
 
-    from sae import activations, evaluation, models, runs, tokens, training
-    from sae.buffer import ShuffleBuffer, llm_batches
+    from sae import activations, models, tokens, training
 
     device_llm, device = cli.device_pair(args.device_llm, args.device_autoencoder)
     dtype_llm, dtype = models.pick_dtype(args.dtype_llm, device_llm), models.fast_dtype(device)
@@ -65,16 +69,16 @@ def main(args, stopping):
     models.check_vocabulary(skeleton.config, info)
     template = getattr(args, f"{args.layer_type}_hookpoint")
     hooked = activations.find_hookpoint(skeleton, template, args.layer_id)
-    training_rows, held_out_rows = evaluation.split_held_out(dataset.with_format("numpy")["document"][:])
+    training_rows, held_out_rows = training.split_held_out(dataset.with_format("numpy")["document"][:])
     width = activations.activation_width(skeleton, hooked[0])
-    config = runs.run_config(vars(args), info, hooked[1], width, dtype_llm, len(training_rows))
-    saved = None if args.dry_run else runs.saved_run(args.save_path, config, args.resume)
+    config = training.run_config(vars(args), info, hooked[1], width, dtype_llm, len(training_rows))
+    saved = None if args.dry_run else training.saved_run(args.save_path, config, args.resume)
     if saved:
         config["num_batches_preload"] = saved["config"]["num_batches_preload"]
         if saved["trainer"]["batch"] == config["num_batches"]:
             print(f"nothing to do: the run in {args.save_path} is complete, {config['num_batches']} batches")
             return 0
-    config, line = runs.plan_memory(config, skeleton, (device_llm, dtype_llm), (device, dtype))
+    config, line = training.plan_memory(config, skeleton, (device_llm, dtype_llm), (device, dtype))
     print(line, flush=True)
 
     model = models.load_model(args.model_name, device_llm, dtype_llm)
@@ -84,8 +88,8 @@ def main(args, stopping):
         trainer.restore(saved["trainer"])
 
     # Contexts, in a new order each epoch -> rows of activations -> shuffled batches.
-    first, skip, last = runs.stream_start(config, trainer.batch)
-    order = llm_batches(len(training_rows), args.batch_size_llm, args.seed, first)
+    first, skip, last = training.stream_start(config, trainer.batch)
+    order = training.llm_batches(len(training_rows), args.batch_size_llm, args.seed, first)
     order = itertools.islice(order, 3 if args.dry_run else last - first)
     read = functools.partial(tokens.read_contexts, batch_size=args.batch_size_llm, num_tokens=args.num_tokens)
     contexts = itertools.chain.from_iterable(read(dataset, training_rows[places]) for places in order)
@@ -93,14 +97,14 @@ def main(args, stopping):
     rows = iter(tqdm(rows, total=last - first, desc="LLM", unit="forward", position=1, leave=False))
     rows, two = (rows_ND.to(device) for rows_ND in rows), device != device_llm
     if args.dry_run:
-        print(runs.timed_steps(trainer, rows, config, overlap=two))
+        print(training.timed_steps(trainer, rows, config, overlap=two))
         return 0
     rows = cli.until(stopping, activations.prefetch(rows) if two else rows)
     num_batches, batch_size = config["num_batches"], args.batch_size_autoencoder
     preload = config["num_batches_preload"]
-    buffer = ShuffleBuffer(rows, batch_size, num_batches, preload, args.seed, device, skip)
+    buffer = training.ShuffleBuffer(rows, batch_size, num_batches, preload, args.seed, device, skip)
     plan = training.Resampling.of(args.neuron_resampling_method, args.neuron_resampling_interval)
-    folder = runs.RunFolder(args.save_path, config, saved)
+    folder = training.RunFolder(args.save_path, config, saved)
     if not saved:
         folder.save_resume(trainer)
 
@@ -112,11 +116,11 @@ def main(args, stopping):
             last = trainer.batch == num_batches
             if last or (args.batches_between_ckpt and trainer.batch % args.batches_between_ckpt == 0):
                 judged = trainer.autoencoder, read(dataset, held_out_rows), args.skip_positions
-                figures = evaluation.evaluate(model, module, *judged)
+                figures = training.evaluate(model, module, *judged)
                 events = [*events, folder.save_checkpoint(trainer, figures)]
             elif folder.resume_is_old():
                 folder.save_resume(trainer)
-            shown |= runs.bar_figures(events)
+            shown |= training.bar_figures(events)
             bar.set_description("training", refresh=False)
             bar.set_postfix(shown, refresh=False)
             bar.update()
@@ -131,7 +135,7 @@ def main(args, stopping):
     seconds = time.monotonic() - started
     rate = (trainer.batch - before) * batch_size / max(seconds, 1e-9)
     wrote = f"wrote {folder.path / str(num_batches)}.pt, images/ and metrics.jsonl"
-    print(f"{wrote}: {runs.held_out(events[-1])}; {seconds:.0f} s, {rate:.0f} tokens/s")
+    print(f"{wrote}: {training.held_out(events[-1])}; {seconds:.0f} s, {rate:.0f} tokens/s")
     return 0
 
 

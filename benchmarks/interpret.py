@@ -46,8 +46,10 @@ def naive(args):
     """Features per minute when activations are written as text: (rate, new tokens a context)."""
     import torch
 
-    from sae import models, plan, prompts
-    from sae.interpreter import Interpreter
+    from sae import models
+    from sae.explanations import evidence as plan
+    from sae.explanations import prompts
+    from sae.explanations.interpreter import Interpreter
 
     material = plan.open_material(args.samples, args.dataset, args.autoencoder)
     work = plan.Plan(material, 3, 3, 1, 2, 2)

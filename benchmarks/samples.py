@@ -31,9 +31,9 @@ def cpu_model():
 def time_pass(dataset_path, autoencoder_path, contexts):
     import torch
 
-    from sae import samples, sampling
+    from sae import samples
 
-    run = sampling.prepare(
+    run = samples.prepare(
         contexts, dataset_path, autoencoder_path, "none.pt", None, None, None, -0.1, -2.0, 16, "auto"
     )
     rng = torch.Generator().manual_seed(0)

@@ -22,8 +22,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sae import explain, models, prompts  # noqa: E402
-from sae.interpreter import Interpreter  # noqa: E402
+from sae import models  # noqa: E402
+from sae.explanations import explain, prompts  # noqa: E402
+from sae.explanations.interpreter import Interpreter  # noqa: E402
 
 # What each fires on, in words; the rule: activation of a token, given its text.
 PLANTED = (

@@ -27,7 +27,7 @@ FLAGS = {"chunk_documents": False, "data_dir": None, "dataset_config": None, "sp
 
 def read_corpus(folder):
     """The texts of all files that are UTF-8 without NUL."""
-    from sae import sources
+    from sae.tokens import sources
 
     files = sources.open_source(sources.SourceArguments(str(folder), None, None, "train", None, 0))
     return [t for n in range(files.num_shards) for t in files.read(n) if isinstance(t, str)]
@@ -76,7 +76,7 @@ def _write_parquet(path, rows):
 
 def suite(corpus, out, tokenizer_path, length, contexts, processes):
     """Write contexts; returns seconds, CPU seconds, and the peak memory of the largest worker in MB."""
-    from sae import tokenise
+    from sae.tokens import workers as tokenise
 
     flags = FLAGS | {
         "num_files": processes,

@@ -31,7 +31,7 @@ def main():
         from elasticsearch import ApiError, AuthorizationException, TransportError
 
         from sae import InputError
-        from sae.elastic import connect
+        from sae.explanations.elastic import connect
 
         client = connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
         try:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ def number(least=-math.inf, above=-math.inf, below=math.inf):
         return value
 
     return parse
+
+
+def path(text):
+    """argparse type: a place on disk; `~` is expanded here, for bash leaves it after `=`."""
+    return os.path.expanduser(text)
 
 
 SEED = whole_number(0, 2**63 - 1)  # what torch takes

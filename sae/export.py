@@ -189,8 +189,8 @@ def push(folder, repo, private=False):
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.prog = "python -m sae.export"
-    parser.add_argument("checkpoint", help="autoencoder checkpoint (.pt)")
-    parser.add_argument("out", help="folder to write: new or empty")
+    parser.add_argument("checkpoint", type=cli.path, help="autoencoder checkpoint (.pt)")
+    parser.add_argument("out", type=cli.path, help="folder to write: new or empty")
     parser.add_argument("--format", choices=FORMATS, default="sae_lens", help="layout of the folder")
     parser.add_argument("--model_name", help="hub name to write for a model that was a local folder")
     parser.add_argument("--push_to", metavar="REPO", help="upload the folder to this repository of the hub")

@@ -1,0 +1,55 @@
+"""The feature browser: everything there is to see about a run, in one HTML file that needs nothing else.
+
+python -m sae.report samples.pt --dataset_path tokens --autoencoder_path runs/layer10/50000.pt
+"""
+
+from sae import cli
+from sae.report import build
+
+
+def parse_args():
+    parser = cli.Parser(__doc__)
+    parser.prog = "python -m sae.report"
+    add = parser.add_argument
+    add("samples", type=cli.path, help="interpretation samples (.pt)")
+    add(
+        "--dataset_path",
+        type=cli.path,
+        default="./tokenized_dataset",
+        help="dataset that the samples were taken of",
+    )
+    add(
+        "--explanations",
+        type=cli.path,
+        help="journal; default: <samples stem>.explanations.jsonl, where there is one",
+    )
+    add(
+        "--autoencoder_path",
+        type=cli.path,
+        help="checkpoint of the samples; default: the one they name, where it still is",
+    )
+    add(
+        "--metrics",
+        type=cli.path,
+        help="metrics.jsonl of the training run; default: the one beside the checkpoint",
+    )
+    add("--contexts", type=cli.whole_number(1), default=12, help="of each kind; fewer to stay under 30 MB")
+    add("--out", type=cli.path, default="report.html", help="HTML file to write")
+    return parser, parser.parse_args()
+
+
+def main(args):
+    from sae.artifacts import atomic_write
+
+    page = build(
+        args.samples, args.dataset_path, args.explanations, args.autoencoder_path, args.metrics, args.contexts
+    )
+    with atomic_write(args.out) as handle:
+        size = handle.write(page.encode())
+    print(f"{args.out}: {size / 1e6:.1f} MB; open it in a browser")
+
+
+if __name__ == "__main__":
+    PARSER, ARGS = parse_args()
+    with PARSER.friendly_errors():
+        main(ARGS)

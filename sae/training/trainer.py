@@ -1,0 +1,257 @@
+"""One training step of the autoencoder, and the loop around it.
+
+Dims: N rows of a batch, D act_vec_size, F dict_vec_size.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from sae import InputError
+from sae.autoencoder import Autoencoder
+from sae.training import resampling
+
+LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
+DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
+MEDIAN_ROWS = 8192  # of the first buffer: b_dec starts at their geometric median
+REFIRE_WINDOW = 1000  # batches after a resampling at which the revived that fire again are counted
+
+
+def geometric_median(x_ND, steps=100, tolerance=1e-6):
+    """Weiszfeld's algorithm: [D]. A mean is a poor start where a few rows are hundreds of times longer."""
+    median_D = x_ND.mean(0)
+    for _ in range(steps):
+        weight_N = 1 / torch.linalg.vector_norm(x_ND - median_D, dim=1).clamp_min(1e-8)
+        before_D, median_D = median_D, weight_N @ x_ND / weight_N.sum()
+        if torch.linalg.vector_norm(median_D - before_D) <= tolerance * torch.linalg.vector_norm(median_D):
+            break
+    return median_D
+
+
+class Trainer:
+    """The autoencoder, Adam, and the counters: all that changes from step to step.
+
+    l1_coefficient weighs the sum of a row's activations. matmul_dtype is what the matrix products run in;
+    weights, moments, losses and the sums over rows are float32.
+    """
+
+    def __init__(self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32):
+        self.autoencoder, self.l1_coefficient, self.dtype = autoencoder, l1_coefficient, matmul_dtype
+        self.optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate, fused=True)
+        for parameter in autoencoder.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        device, features = autoencoder.b_enc.device, len(autoencoder.b_enc)
+        self.batch = 0
+        # Rows since the last checkpoint.
+        self.fired_F = torch.zeros(features, dtype=torch.int64, device=device)
+        self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
+        self.rows_since_checkpoint = 0
+        self.revived = []  # of recent resamplings: [batch, features, which of them fired again]
+        self.losses = []  # per batch since the last log line: [squared error, l1, L0] per row, on the device
+        block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
+        self._blocks = [slice(start, start + block) for start in range(0, features, block)]
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self):
+        """Copies of the weights for the products, feature-major; the weights themselves in float32."""
+        self._W_enc_FD = self.autoencoder.W_enc.data.T.to(self.dtype)
+        self._W_dec_FD = self.autoencoder.W_dec.data.to(self.dtype)
+
+    @torch.no_grad()
+    def step(self, x_ND):
+        """Train on one batch of LLM activations (any float dtype)."""
+        f_NF, squared_error, l1 = self._gradients(self._inputs(x_ND))
+        self._update()
+        fired_F = f_NF.sign().sum(0, dtype=torch.float32).long()
+        self.fired_F += fired_F
+        self.silent_F = torch.where(fired_F > 0, 0, self.silent_F + 1)
+        self.losses.append(torch.stack([squared_error, l1, fired_F.sum() / len(x_ND)]))
+        for _batch, revived_K, fired_again_K in self.revived:
+            fired_again_K |= fired_F[revived_K] > 0
+        self.rows_since_checkpoint += len(x_ND)
+        self.batch += 1
+
+    def _forward(self, x_ND):
+        """x - b_dec [N, D], f [N, F] and x' - x [N, D]; the products run in `dtype`."""
+        ae = self.autoencoder
+        centred_ND = (x_ND - ae.b_dec).to(self.dtype)
+        f_NF = torch.addmm(ae.b_enc.to(self.dtype), centred_ND, self._W_enc_FD.T).relu_()
+        return centred_ND, f_NF, (f_NF @ self._W_dec_FD).float().add_(ae.b_dec).sub_(x_ND)
+
+    def _gradients(self, x_ND):
+        """Fill the gradients of  mean_N ||x - x'||^2 + l1 sum_F f;  returns f [N, F] and the two terms.
+
+        Written out: autograd would also make the gradient of x, a sixth matrix product of this size.
+        """
+        ae, count = self.autoencoder, len(x_ND)
+        centred_ND, f_NF, error_ND = self._forward(x_ND)
+        l1 = self.l1_coefficient * f_NF.sum(dtype=torch.float32) / count
+        squared_error = error_ND.square().sum() / count
+
+        g_ND = (error_ND * (2 / count)).to(self.dtype)  # of the reconstruction
+        g_NF = (g_ND @ self._W_dec_FD.T).add_(self.l1_coefficient / count)
+        g_NF = torch.ops.aten.threshold_backward(g_NF, f_NF, 0)  # of what the ReLU lets through
+        self._g_dec_FD, self._g_enc_FD = f_NF.T @ g_ND, g_NF.T @ centred_ND
+        ae.b_enc.grad.copy_(g_NF.sum(0, dtype=torch.float32))
+        # b_dec is added to the reconstruction and taken from the input.
+        ae.b_dec.grad.copy_(g_ND.sum(0, dtype=torch.float32) - ae.W_enc @ ae.b_enc.grad)
+        return f_NF, squared_error, l1
+
+    def _update(self):
+        """Adam, on gradients that leave the rows of W_dec at unit norm; then make the norm exact."""
+        W_dec_FD, W_enc_FD = self.autoencoder.W_dec.data, self.autoencoder.W_enc.data.T
+        grad_dec_FD, grad_enc_FD = self.autoencoder.W_dec.grad, self.autoencoder.W_enc.grad.T
+        for rows in self._blocks:
+            grad, unit = grad_dec_FD[rows].copy_(self._g_dec_FD[rows]), W_dec_FD[rows]
+            grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1)
+            grad_enc_FD[rows].copy_(self._g_enc_FD[rows])
+        self.optimizer.step()
+        for rows in self._blocks:
+            unit = W_dec_FD[rows]
+            unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True))
+            self._W_dec_FD[rows].copy_(unit)
+            self._W_enc_FD[rows].copy_(W_enc_FD[rows])
+
+    def _inputs(self, rows_ND):
+        """Activations as the encoder sees them: float32, scaled where the autoencoder normalises."""
+        x_ND = rows_ND.to(self.autoencoder.b_dec)
+        return x_ND * self.autoencoder.scale(x_ND) if self.autoencoder.normalize else x_ND
+
+    def _row_losses(self, rows_ND):
+        """||x - x'||^2 + l1 sum_F f of each row: [N]."""
+        _centred, f_NF, error_ND = self._forward(self._inputs(rows_ND))
+        return error_ND.square().sum(1) + self.l1_coefficient * f_NF.sum(1, dtype=torch.float32)
+
+    @torch.no_grad()
+    def start_at_median(self, buffer, seed):
+        """b_dec starts at the geometric median of (up to MEDIAN_ROWS rows of) the first buffer."""
+        rows_ND = buffer.rows(buffer.sample(MEDIAN_ROWS, np.random.default_rng([seed, 3])))
+        self.autoencoder.b_dec.copy_(geometric_median(self._inputs(rows_ND)))
+
+    @torch.no_grad()
+    def resample(self, plan, seed, buffer):
+        """Revive the features silent for `plan.window` batches; returns the event for the log."""
+        self.finite_losses()  # else inputs would be drawn by weights that are no numbers
+        dead_K = (self.silent_F >= plan.window).nonzero()[:, 0]
+        rng = np.random.default_rng([seed, 2, self.batch])
+        slots = buffer.sample(resampling.NUM_INPUTS, rng)
+        probe = buffer.rows(slots[: buffer.batch_size])
+        loss_before = self._row_losses(probe).mean().item()
+        if plan.method == "replacement":
+            resampling.revive_at_random(self.autoencoder, self.optimizer, dead_K, rng)
+        elif len(dead_K):
+            losses = [self._row_losses(buffer.rows(part)).cpu() for part in slots.split(buffer.batch_size)]
+            picked = resampling.pick_inputs(torch.cat(losses), len(dead_K), rng)
+            inputs_KD = self._inputs(buffer.rows(slots[picked.to(slots.device)]))
+            resampling.revive_from_inputs(self.autoencoder, self.optimizer, dead_K, inputs_KD)
+        self._refresh()
+        self.silent_F[dead_K] = 0
+        self.revived.append([self.batch, dead_K, torch.zeros_like(dead_K, dtype=torch.bool)])
+        return {
+            "event": "resample", "method": plan.method, "dead_before": len(dead_K), "revived": len(dead_K),
+            "loss_before": loss_before, "loss_after": self._row_losses(probe).mean().item(),
+        }  # fmt: skip
+
+    def take_refired(self, finished):
+        """Events of resamplings whose REFIRE_WINDOW is over (all of them when `finished`)."""
+        events = []
+        while self.revived and (finished or self.batch >= self.revived[0][0] + REFIRE_WINDOW):
+            since, revived_K, fired_again_K = self.revived.pop(0)
+            events.append(
+                {"event": "refired", "resampled_at": since, "revived": len(revived_K),
+                 "fired_again": int(fired_again_K.sum()), "within_batches": self.batch - since}
+            )  # fmt: skip
+        return events
+
+    def finite_losses(self):
+        """Losses since the last log line [batches, 3]; InputError names the first that is not finite."""
+        losses_L3 = torch.stack(self.losses).double().cpu() if self.losses else torch.zeros(0, 3)
+        bad = (~torch.isfinite(losses_L3).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            batch = self.batch - len(self.losses) + bad[0] + 1
+            raise InputError(f"a finite loss needed, batch {batch} gave {losses_L3[bad[0], :2].sum():g}")
+        return losses_L3
+
+    def log_line(self):
+        """Mean losses since the last log line."""
+        losses_L3 = self.finite_losses()
+        mse, l1, l0 = losses_L3.mean(0).tolist()
+        self.losses = []
+        dead = int((self.silent_F >= min(DEAD_WINDOW, self.batch)).sum())
+        return {"loss": mse + l1, "mse": mse, "l1": l1, "l0": l0, "dead": dead}
+
+    def take_log10_frequency(self):
+        """log10 of the share of rows each feature fired on since the last call: [F], -inf where on none."""
+        frequency_F = torch.log10(self.fired_F.double() / max(1, self.rows_since_checkpoint)).float().cpu()
+        self.fired_F.zero_()
+        self.rows_since_checkpoint = 0
+        return frequency_F
+
+    def state(self):
+        """All of it as plain values and tensors; `restore` is its mirror."""
+        counters = {name: getattr(self, name) for name in _COUNTERS}
+        return counters | {
+            "losses": torch.stack(self.losses) if self.losses else torch.zeros(0, 3),
+            "weights": self.autoencoder.state_dict(),
+            "adam": self.optimizer.state_dict(),
+        }
+
+    def restore(self, state):
+        self.autoencoder.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["adam"])
+        device = self.fired_F.device
+        for name in _COUNTERS:
+            value = state[name]
+            setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
+        self.revived = [
+            [batch, revived.to(device), again.to(device)] for batch, revived, again in self.revived
+        ]
+        self.losses = list(state["losses"].to(device))
+        self._refresh()
+
+
+_COUNTERS = ("batch", "fired_F", "silent_F", "rows_since_checkpoint", "revived")
+
+
+def new_trainer(config, device, matmul_dtype):
+    """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave."""
+    rng = torch.Generator().manual_seed(config["seed"])
+    sizes = config["act_vec_size"], config["dict_vec_size"]
+    autoencoder = Autoencoder(*sizes, config["normalize_dataset"], rng, device)
+    return Trainer(autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype)
+
+
+class Resampling(NamedTuple):
+    method: str  # replacement | anthropic
+    interval: int  # batches
+
+    @classmethod
+    def of(cls, method, interval):
+        return cls(method, interval) if method else None
+
+    @property
+    def window(self):
+        """Batches without firing that make a feature dead."""
+        return self.interval if self.method == "replacement" else max(1, self.interval // 2)
+
+
+def train(trainer, buffer, num_batches, plan, seed):
+    """Train up to batch `num_batches`; yields after every step the list of its events (mostly empty).
+
+    Events are dicts with `event` (log, resample, refired) and `batch`. plan: a Resampling or None.
+    """
+    for x_ND in buffer.batches(first=trainer.batch):
+        if trainer.batch == 0:
+            trainer.start_at_median(buffer, seed)
+        trainer.step(x_ND)
+        last = trainer.batch == num_batches
+        events = trainer.take_refired(finished=last)
+        if last or trainer.batch % LOG_INTERVAL == 0:
+            events.append({"event": "log", **trainer.log_line()})
+        # Not after the last step: what is revived then would be saved untrained.
+        if plan and trainer.batch % plan.interval == 0 and not last:
+            events.append(trainer.resample(plan, seed, buffer))
+        where = {"batch": trainer.batch, "tokens": trainer.batch * len(x_ND)}
+        yield [where | event for event in events]

@@ -1,0 +1,146 @@
+"""Prompts against literal text: what the interpreter reads, and what is taken from its replies."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from sae.explanations import prompts
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2):
+    return AutoTokenizer.from_pretrained(smollm2)
+
+
+def test_a_tokens_white_space_is_shown():
+    assert prompts.visible(" import") == "·import"
+    assert prompts.visible("\n\t  x") == "\\n\\t··x"
+    assert prompts.visible("\\n") == "\\\\n"
+    assert prompts.visible("·") == "\\·"
+    assert prompts.visible("a\u00a0\u2028b\r") == "a\\xa0;\\x2028;b\\r"
+
+
+@given(st.text(), st.text())
+def test_no_two_tokens_look_alike_and_none_breaks_its_line(one, other):
+    assert (prompts.visible(one) == prompts.visible(other)) == (one == other)
+    assert not any(char.isspace() for char in prompts.visible(one))
+    assert prompts.visible(one).splitlines() == ([prompts.visible(one)] if one else [])
+
+
+def test_tokens_as_people_type_them():
+    assert prompts.typed(" import") == "import"
+    assert prompts.typed("\n\nx ") == "x"
+    assert [prompts.typed(text) for text in ("   ", "\t", "\n    ", "\r\n")] == ["space", "\\t", "\\n", "\\n"]
+
+
+def test_token_texts_put_the_text_together_again(tokenizer, stdlib):
+    text = (stdlib / "abc.py").read_text()[:2000]
+    texts = prompts.token_texts(tokenizer, tokenizer(text)["input_ids"])
+    assert "".join(texts) == text
+    assert " import" in prompts.token_texts(tokenizer, tokenizer("from a import b")["input_ids"])
+
+
+def test_part_of_a_character_keeps_a_name_of_its_own(tokenizer):
+    ids = tokenizer("\U0001f9ff")["input_ids"]
+    assert len(ids) > 1
+    texts = prompts.token_texts(tokenizer, ids)
+    assert "�" not in "".join(texts) and all(texts)
+
+
+class SentencePiece:
+    """What token_texts asks a tokenizer, as CodeLlama's answers (there is none of its kind without a hub)."""
+
+    names = ("▁import", "▁▁▁", "<0x0A>", "os", "<0x09>", "<0xE2>")
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.names[id] for id in ids]
+
+    def decode(self, ids, **_options):
+        return {3: "os", 5: "�"}[ids[0]]
+
+
+def test_sentencepiece_marks_become_what_they_stand_for():
+    texts = prompts.token_texts(SentencePiece(), [0, 1, 2, 3, 4, 5])
+    assert texts == [" import", "   ", "\n", "os", "\t", "<0xE2>"]
+
+
+def test_activations_become_whole_numbers_and_what_fires_is_not_nothing():
+    assert prompts.scaled([0.0, 0.01, 1.0, 2.0, 4.0], 4.0, 10) == [0, 1, 2, 5, 10]
+    assert prompts.scaled([5.0], 4.0, 9) == [9]
+
+
+def test_what_fires_is_listed_again_where_it_is_less_than_a_fifth():
+    few = (["a", "b", "·c", "d", "e", "f"], [0, 0, 7, 0, 0, 0])
+    assert prompts.explain_question([few]) == (
+        "<start>\na\t0\nb\t0\n·c\t7\nd\t0\ne\t0\nf\t0\n<end>\n"
+        "Where it fires, strongest first:\n<start>\n·c\t7\n<end>\n"
+    )
+    fifth = (["a", "b", "c", "d", "e"], [0, 3, 0, 0, 0])
+    assert "Where it fires" not in prompts.explain_question([fifth])
+    two = prompts.explain_question([few, (["x"] * 6, [0] * 6)])
+    assert two.count("<start>") == 3 and two.endswith("strongest first:\n<start>\n·c\t7\n<end>\n")
+
+
+def test_the_chat_template_of_the_interpreter_is_used(tokenizer):
+    text = prompts.chat(
+        tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    )
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_template_without_a_system_role_gets_it_in_the_first_turn(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
+    )
+    text = prompts.chat(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
+    assert text == "[user]S\n\nU"
+
+
+def test_without_a_template_the_llama_form_is_used(smollm2):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = None
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "U2"},
+    ]
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    assert prompts.chat(tokenizer, messages) == (
+        f"{bos}[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST] A1 {eos}{bos}[INST] U2 [/INST]"
+    )
+    assert prompts.llama_chat(messages[:2]) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST]"
+
+
+def test_what_a_prompt_is_about_stands_between_head_and_tail(tokenizer):
+    head, tail = prompts.split_chat(tokenizer, prompts.simulate_messages)
+    whole = prompts.chat(tokenizer, prompts.simulate_messages("the keyword import"))
+    assert head + "the keyword import" + tail == whole
+    assert head.endswith(f"{prompts.REPLY}:\n") and "import:" not in head and "·import\t9\n" in head
+
+
+def test_the_few_shot_examples_are_lines_with_a_number():
+    for messages, top in ((prompts.explain_messages("?"), 10), (prompts.simulate_messages("?"), 9)):
+        for message in messages[1:-1]:
+            numbers = [line.split("\t")[1] for line in message["content"].split("\n") if "\t" in line]
+            assert all(0 <= int(number) <= top for number in numbers)
+    assert len(prompts.explain_messages("?")) == 2 + 2 * len(prompts.SHOTS)
+
+
+def test_a_reply_ends_with_its_first_sentence():
+    assert prompts.sentence(" the word self. It is") == ("the word self", True)
+    assert prompts.sentence(" the word self.x and") == ("the word self.x and", False)
+    assert prompts.sentence(" the word self.") == ("the word self", False)  # the next token may be "x"
+    assert prompts.sentence(" names, e.g. foo") == ("names, e.g. foo", False)
+    assert prompts.sentence(" imports\nThe") == ("imports", True)
+
+
+def test_where_a_feature_fires_is_marked():
+    assert (
+        prompts.marked(["from", " a", " import", " b"], [True, False, True, False]) == "«from» a« import» b"
+    )

@@ -1,0 +1,77 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from sae.training.buffer import ShuffleBuffer, llm_batches
+
+
+def stream(start, stop, chunk=7):
+    for first in range(start, stop, chunk):
+        yield torch.arange(first, min(first + chunk, stop)).float()[:, None].repeat(1, 3)
+
+
+def drawn(buffer, first=0):
+    return [batch[:, 0].int().tolist() for batch in buffer.batches(first)]
+
+
+@pytest.mark.parametrize(("num_batches", "capacity"), [(12, 4), (13, 4), (3, 8), (9, 1), (11, 5)])
+def test_every_row_is_used_once(num_batches, capacity):
+    batches = drawn(ShuffleBuffer(stream(0, num_batches * 4 + 3), 4, num_batches, capacity, seed=0))
+    assert [len(batch) for batch in batches] == [4] * num_batches
+    assert sorted(itertools.chain(*batches)) == list(range(num_batches * 4))
+
+
+def test_batches_are_drawn_across_the_whole_block():
+    batches = drawn(ShuffleBuffer(stream(0, 4000), 20, 200, 50, seed=0))
+    for number, batch in enumerate(batches):
+        block = number // 50 * 1000
+        assert all(block <= row < block + 1000 for row in batch)
+        assert np.ptp(batch) > 500
+    assert abs(np.mean(batches[0]) - 500) < 250
+
+
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 9, 12])
+def test_a_later_start_gives_the_same_batches(first):
+    whole = drawn(ShuffleBuffer(stream(0, 52), 4, 13, 4, seed=5))
+    block_row = first // 4 * 4 * 4
+    assert drawn(ShuffleBuffer(stream(block_row, 52), 4, 13, 4, seed=5), first) == whole[first:]
+
+
+def test_chunk_sizes_and_seed():
+    one = drawn(ShuffleBuffer(stream(0, 40, 3), 4, 10, 5, seed=1))
+    assert one == drawn(ShuffleBuffer(stream(0, 40, 11), 4, 10, 5, seed=1))
+    assert one != drawn(ShuffleBuffer(stream(0, 40, 3), 4, 10, 5, seed=2))
+
+
+@pytest.mark.parametrize("first", [5, 6, 9, 11])
+def test_sample_is_the_same_after_a_restart(first):
+    def sampled(buffer, start):
+        for number, _batch in enumerate(buffer.batches(start), start):
+            if number == first:
+                return buffer.rows(buffer.sample(9, np.random.default_rng(0)))[:, 0].tolist()
+
+    whole = sampled(ShuffleBuffer(stream(0, 52), 4, 13, 4, seed=5), 0)
+    again = sampled(ShuffleBuffer(stream(first // 4 * 16, 52), 4, 13, 4, seed=5), first)
+    assert whole == again
+    assert len(set(whole)) == 9
+
+
+def test_memory_is_one_block_in_the_streams_precision():
+    buffer = ShuffleBuffer((chunk.bfloat16() for chunk in stream(0, 400)), 4, 100, 5, seed=0)
+    seen = {buffer._rows_ND.data_ptr() for _ in buffer.batches()}
+    assert len(seen) == 1
+    assert buffer._rows_ND.shape == (20, 3)
+    assert buffer._rows_ND.dtype == torch.bfloat16
+
+
+def test_llm_batches_cover_each_epoch_in_a_new_order():
+    contexts = list(itertools.chain(*itertools.islice(llm_batches(10, 4, seed=3), 5)))
+    assert sorted(contexts[:10]) == sorted(contexts[10:]) == list(range(10))
+    assert contexts[:10] != contexts[10:]
+    assert (
+        list(itertools.islice(llm_batches(10, 4, seed=3, start=2), 3))
+        == list(itertools.islice(llm_batches(10, 4, seed=3), 5))[2:]
+    )
+    assert len(list(itertools.islice(llm_batches(3, 8, seed=0), 2))[1]) == 8
