@@ -7,13 +7,21 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DS_BUILD_OPS = 0
 
-.PHONY: demo test lint interop explainer clean browser
+.PHONY: demo test test-all lint docs interop explainer clean browser
 
 demo: inputs/.done
 	bash experiments/demo.sh
 
 test: inputs/.done browser lint
 	$(BIN)/python -m pytest
+
+# Also what is long and rarely breaks.
+test-all: inputs/.done browser lint
+	$(BIN)/python -m pytest -m ""
+
+# The tables of flags in docs/, from the scripts' own parsers.
+docs: .venv/.done
+	$(BIN)/python docs/write_flags.py
 
 lint: .venv/.done
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Sparse autoencoders on code models: tokens, activations, training, samples, explanations."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 class InputError(ValueError):
