@@ -1,7 +1,7 @@
-"""Open an autoencoder in other tools, and share it.
+"""Open an autoencoder in other tools.
 
     python -m sae.export runs/layer10/50000.pt exported --format sae_lens
-    python -m sae.export runs/layer10/50000.pt exported --push_to me/smollm2-layer10-sae
+    hf upload me/smollm2-layer10-sae exported
 
 Writes a folder that was not there before: `sae_lens` is what `sae_lens.SAE.load_from_disk` opens (cfg.json,
 sae_weights.safetensors, sparsity.safetensors), `safetensors` the weights and the config as they are. Both
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 from sae import InputError, __version__, cli
@@ -19,6 +20,16 @@ from sae import InputError, __version__, cli
 FORMATS = ("sae_lens", "safetensors")
 # The layout of cfg.json, as of this version of the package; without it SAELens reads its older layout.
 SAE_LENS_VERSION = "6.54.12"
+
+
+def template(name):
+    """The Jinja template sae/<name>: a value that it misses is an error, and HTML is escaped."""
+    import jinja2
+
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, autoescape=".html" in name,
+    ).get_template(name)  # fmt: skip
 
 
 def sae_lens_config(config):
@@ -76,77 +87,25 @@ def model_card(config, metrics, format):
         base_model=None if is_local else name,
         tags=["sparse-autoencoder", "interpretability"],
     )
-    shown = {
-        "l0": ("L0, features that fire per token", "{:.1f}"),
-        "explained_variance": ("explained variance", "{:.3f}"),
-        "loss_recovered": ("loss recovered", "{:.3f}"),
-        "dead_share": ("dead features", "{:.1%}"),
-    }
-    known = {key: value for key, value in metrics.items() if key in shown and value is not None}
-    rows = [
-        f"| {label} | {style.format(known[key])} |" for key, (label, style) in shown.items() if key in known
-    ]
-    figures = "\n".join(
-        ["| on held-out contexts | |", "|---|---|", *rows] if rows else ["No metrics were kept."]
-    )
-    opening = (
-        'from sae_lens import SAE\nsae = SAE.load_from_disk("FOLDER")  # a local copy of this folder\n'
-        if format == "sae_lens"
-        else 'from safetensors.torch import load_file\nweights = load_file("autoencoder.safetensors")\n'
-    )
-    flags = (
-        "learning_rate",
-        "l1_coefficient",
-        "trained_tokens",
-        "normalize_dataset",
-        "skip_positions",
-        "seed",
-    )
-    trained = "\n".join(f"- {flag}: {config[flag]}" for flag in flags if flag in config)
-    return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n"
-        f"# Sparse autoencoder on {Path(name).name if is_local else name}, `{config['hookpoint']}`\n\n"
-        f"{config['dict_vec_size']:,} features of {config['act_vec_size']:,} dimensions, "
-        f"ReLU, unit-norm decoder rows; trained with sae-suite {__version__}.\n\n"
-        f"{figures}\n\n```python\n{opening}```\n\n{trained}\n"
-    )
+    text = template("card.md.jinja").render(
+        card_data=data.to_yaml(), model=Path(name).name if is_local else name, config=config,
+        metrics=metrics, format=format, version=__version__,
+    )  # fmt: skip
+    return ModelCard(text)
 
 
-def export(checkpoint_path, out, format, model_name=None):
-    """Write the folder `out` whole or not at all; returns its card. InputError where it holds something."""
-    import torch
-    from safetensors.torch import save_file
-
+@contextmanager
+def new_folder(out):
+    """A folder to fill that appears at `out` whole or not at all. InputError where something is there."""
     from sae.artifacts import sync_folder
-    from sae.autoencoder import load_checkpoint
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"a new or empty folder needed at {out}, it holds something")
-    checkpoint = load_checkpoint(checkpoint_path)
-    config = checkpoint.config | ({"model_name": model_name} if model_name else {})
-    weights = {name: value.contiguous() for name, value in checkpoint.autoencoder.state_dict().items()}
-    card = model_card(
-        config,
-        read_metrics(Path(checkpoint_path).parent / "metrics.jsonl", config.get("trained_batches")),
-        format,
-    )
-
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
     try:
-        if format == "sae_lens":
-            save_file(weights, partial / "sae_weights.safetensors")
-            # SAELens keeps log10(share + 1e-10), so that a dead feature is -10.
-            sparsity_F = torch.log10(10 ** checkpoint.log10_frequency.double() + 1e-10).float()
-            save_file({"sparsity": sparsity_F}, partial / "sparsity.safetensors")
-            written, name = sae_lens_config(config), "cfg.json"
-        else:
-            frequency = {"log10_frequency": checkpoint.log10_frequency.contiguous()}
-            save_file(weights | frequency, partial / "autoencoder.safetensors")
-            written, name = config, "config.json"
-        (partial / name).write_text(json.dumps(written, indent=2) + "\n")
-        card.save(partial / "README.md")
+        yield partial
         for file in partial.iterdir():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -156,34 +115,34 @@ def export(checkpoint_path, out, format, model_name=None):
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def export(checkpoint_path, out, format, model_name=None):
+    """Write the folder `out`; returns its card."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sae.autoencoder import load_checkpoint
+
+    checkpoint = load_checkpoint(checkpoint_path)
+    config = checkpoint.config | ({"model_name": model_name} if model_name else {})
+    weights = {name: value.contiguous() for name, value in checkpoint.autoencoder.state_dict().items()}
+    metrics = read_metrics(Path(checkpoint_path).parent / "metrics.jsonl", config.get("trained_batches"))
+    card = model_card(config, metrics, format)
+    with new_folder(out) as folder:
+        if format == "sae_lens":
+            save_file(weights, folder / "sae_weights.safetensors")
+            # SAELens keeps log10(share + 1e-10), so that a dead feature is -10.
+            sparsity_F = torch.log10(10 ** checkpoint.log10_frequency.double() + 1e-10).float()
+            save_file({"sparsity": sparsity_F}, folder / "sparsity.safetensors")
+            written, name = sae_lens_config(config), "cfg.json"
+        else:
+            frequency = {"log10_frequency": checkpoint.log10_frequency.contiguous()}
+            save_file(weights | frequency, folder / "autoencoder.safetensors")
+            written, name = config, "config.json"
+        (folder / name).write_text(json.dumps(written, indent=2) + "\n")
+        card.save(folder / "README.md")
     return card
-
-
-def check_login(repo):
-    """Refuse early what the hub would refuse after the upload: a bad name, no login."""
-    from huggingface_hub import get_token
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as err:
-        raise InputError(f"--push_to needs a repository name such as me/my-sae, got {repo!r}: {err}") from err
-    if get_token() is None:
-        raise InputError("--push_to needs a login: run `hf auth login` or set HF_TOKEN, neither was found")
-
-
-def push(folder, repo, private=False):
-    """Upload the folder as the model repository `repo`; returns its address."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
-
-    try:
-        address = HfApi().create_repo(repo, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message="Add the autoencoder")
-    except (HTTPError, OSError, ValueError) as err:  # ValueError: an answer that is no JSON
-        raise InputError(f"--push_to {repo}: the hub did not take it ({folder} is complete): {err}") from err
-    return str(address)
 
 
 def parse_args():
@@ -193,19 +152,13 @@ def parse_args():
     parser.add_argument("out", type=cli.path, help="folder to write: new or empty")
     parser.add_argument("--format", choices=FORMATS, default="sae_lens", help="layout of the folder")
     parser.add_argument("--model_name", help="hub name to write for a model that was a local folder")
-    parser.add_argument("--push_to", metavar="REPO", help="upload the folder to this repository of the hub")
-    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     return parser, parser.parse_args()
 
 
 def main(args):
-    if args.push_to:
-        check_login(args.push_to)
     export(args.checkpoint, args.out, args.format, args.model_name)
     size = sum(file.stat().st_size for file in Path(args.out).iterdir())
     print(f"{args.out}: {args.checkpoint} as {args.format}, {size / 1e6:.1f} MB")
-    if args.push_to:
-        print(f"uploaded to {push(args.out, args.push_to, args.private)}")
 
 
 if __name__ == "__main__":

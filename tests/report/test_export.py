@@ -1,13 +1,11 @@
-"""sae.export: folders that other tools open, model cards, the hub (a local fake of its endpoint)."""
+"""sae.export: folders that other tools open, model cards."""
 
-import base64
 import json
 
 import pytest
 import torch
 from conftest import assert_refused, run_module
 from safetensors.torch import load_file
-from werkzeug import Response
 
 from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
@@ -107,85 +105,3 @@ def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
             write(path, tmp_path / "new", "sae_lens")
     assert_refused(export(checkpoint, tmp_path / "new", "--format", "onnx"), "onnx", "sae_lens")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run", "torn.pt"]
-
-
-# --- the hub ---
-
-
-@pytest.fixture
-def hub(httpserver):
-    """A fake of the hub's endpoint: takes commits with the files inside them."""
-    httpserver.expect_request("/api/repos/create", method="POST").respond_with_json(
-        {"url": httpserver.url_for("/me/my-sae"), "name": "me/my-sae", "id": "1"}
-    )
-    httpserver.expect_request("/api/models/me/my-sae").respond_with_json({"id": "me/my-sae", "siblings": []})
-
-    httpserver.expect_request("/api/validate-yaml").respond_with_json({"errors": [], "warnings": []})
-    httpserver.expect_request("/api/agent-harnesses").respond_with_json({})
-
-    def preupload(request):
-        files = [
-            {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-            for file in request.json["files"]
-        ]
-        return Response(json.dumps({"files": files}), content_type="application/json")
-
-    path = "/api/models/me/my-sae/preupload/main"
-    httpserver.expect_request(path, method="POST").respond_with_handler(preupload)
-    commits = []
-
-    def commit(request):
-        assert request.headers["Authorization"] == "Bearer hf_test"
-        commits.append([json.loads(line) for line in request.data.splitlines()])
-        done = {"commitUrl": httpserver.url_for("/me/my-sae/commit/1"), "commitOid": "1", "success": True}
-        return Response(json.dumps(done), content_type="application/json")
-
-    path = "/api/models/me/my-sae/commit/main"
-    httpserver.expect_request(path, method="POST").respond_with_handler(commit)
-    httpserver.commits = commits
-    return httpserver
-
-
-def hub_env(tmp_path, server, token="hf_test"):
-    """The environment of a user whose hub is `server`, logged in with `token` or not at all."""
-    env = {
-        "HF_ENDPOINT": server.url_for("").rstrip("/"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HOME": str(tmp_path / "hf"),
-    }
-    return env | {"HF_TOKEN": token, "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "localhost"}
-
-
-def test_push_uploads_the_folder_with_its_card(checkpoint, tmp_path, hub):
-    result = export(checkpoint, tmp_path / "out", "--push_to", "me/my-sae", env=hub_env(tmp_path, hub))
-    assert result.returncode == 0, result.stderr
-    assert "/me/my-sae" in result.stdout
-    (lines,) = hub.commits
-    sent = {
-        line["value"]["path"]: base64.b64decode(line["value"]["content"])
-        for line in lines
-        if line["key"] == "file"
-    }
-    assert sent == {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
-    assert b"| 12.3 |" in sent["README.md"]
-
-
-def test_push_without_a_login_is_refused_before_anything_is_written(checkpoint, tmp_path, hub):
-    env = hub_env(tmp_path, hub, token="")
-    assert_refused(
-        export(checkpoint, tmp_path / "out", "--push_to", "me/my-sae", env=env), "needs a login", "HF_TOKEN"
-    )
-    assert_refused(
-        export(checkpoint, tmp_path / "out", "--push_to", "a/b/c", env=env), "repository name", "a/b/c"
-    )
-    assert not (tmp_path / "out").exists() and not hub.log
-
-
-def test_push_that_the_hub_refuses_names_the_reason_and_keeps_the_folder(checkpoint, tmp_path, httpserver):
-    httpserver.expect_request("/api/repos/create").respond_with_json(
-        {"error": "You don't have the rights to create a model under this namespace"}, status=403
-    )
-    env = hub_env(tmp_path, httpserver)
-    refused = export(checkpoint, tmp_path / "out", "--push_to", "you/my-sae", env=env)
-    assert_refused(refused, "you/my-sae", "rights to create", "is complete")
-    assert "hf_test" not in refused.stderr and (tmp_path / "out" / "cfg.json").is_file()
