@@ -1,5 +1,6 @@
 """The folder of a run: checkpoints, metrics, pictures, and the state that going on needs."""
 
+import fcntl
 import json
 import os
 import time
@@ -15,49 +16,70 @@ from sae.plots import frequency_histogram, loss_curves
 RESUME_SECONDS = 900  # between two writes of resume.pt where checkpoints are further apart
 
 
-def saved_run(path, config, resume):
-    """What resume.pt in `path` holds, None for a new run.
+def saved_preload(path):
+    """Batches in the shuffle buffer of the run that resume.pt in `path` is of; None where there is none."""
+    resume = Path(path) / "resume.pt"
+    return _load_resume(resume)["config"]["num_batches_preload"] if resume.exists() else None
 
-    Raises InputError where a run would be overwritten, or was started with other flags than `config`.
-    """
-    path = Path(path)
-    holds_run = any(path.glob("*.pt")) or (path / "metrics.jsonl").exists()
-    if not resume:
-        if holds_run:
-            raise InputError(f"an empty --save_path or --resume needed, {path} holds a run")
-        return None
-    if not (path / "resume.pt").exists():
-        if any(path.glob("*.pt")):
-            raise InputError(f"--resume needs {path}/resume.pt, which is not there")
-        return None
-    saved = load_pt(path / "resume.pt", "the state of a run", ("config", "trainer", "metrics_bytes"))
-    if (path / "metrics.jsonl").stat().st_size < saved["metrics_bytes"]:
-        raise InputError(f"--resume needs all of {path}/metrics.jsonl, some of it is gone")
-    before = saved["config"]
-    given = {k: v for k, v in config.items() if k != "num_batches_preload" or v is not None}
-    differ = [f"{k} was {before.get(k)}, is {v}" for k, v in given.items() if before.get(k) != v]
-    if differ:
-        raise InputError(f"--resume needs the flags and data of the run in {path}: {'; '.join(differ)}")
-    return saved
+
+def _load_resume(path):
+    # Mapped, not read: what is put into the trainer is copied out of it piece by piece.
+    return load_pt(path, "the state of a run", ("config", "trainer", "metrics_bytes"), mmap=True)
 
 
 class RunFolder:
-    """`save_path` of a run; `config` decides its results, `saved` is what `saved_run` gave."""
+    """`save_path` of a run, this process's alone until it ends; `config` decides the run's results.
 
-    def __init__(self, path, config, saved):
+    Raises InputError where another run is writing into it, where a run would be overwritten, or where the run
+    to go on with was started with other flags.
+    """
+
+    def __init__(self, path, config, resume):
         self.path, self.config, self.saved_at = Path(path), config, time.monotonic()
-        self._metrics = self.path / "metrics.jsonl"
+        self._metrics, started = self.path / "metrics.jsonl", any(self.path.glob("*.pt"))
+        if resume and started and not (self.path / "resume.pt").exists():
+            raise InputError(f"--resume needs {path}/resume.pt, which is not there")
+        if not resume and (started or (self._metrics.exists() and self._metrics.stat().st_size)):
+            raise InputError(f"an empty --save_path or --resume needed, {path} holds a run")
         self.path.mkdir(parents=True, exist_ok=True)
+        self._handle = open(self._metrics, "ab")  # noqa: SIM115, closed with the process: it holds the lock
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"a --save_path of its own needed, another run is writing {path}") from None
+        self._saved = self._check_saved() if resume and started else None
+
+    def _check_saved(self):
+        saved = _load_resume(self.path / "resume.pt")
+        if self._handle.tell() < saved["metrics_bytes"]:
+            raise InputError(f"--resume needs all of {self._metrics}, some of it is gone")
+        before = saved["config"]
+        differ = [f"{k} was {before.get(k)}, is {v}" for k, v in self.config.items() if before.get(k) != v]
+        if differ:
+            raise InputError(
+                f"--resume needs the flags and data of the run in {self.path}: {'; '.join(differ)}"
+            )
+        return saved
+
+    @property
+    def finished(self):
+        return self._saved is not None and self._saved["trainer"]["batch"] == self.config["num_batches"]
+
+    def start(self, trainer):
+        """Put the trainer where the run stopped, or keep its beginning: from here on a kill loses nothing."""
         for partial in self.path.rglob(".*.partial"):  # what a kill in the middle of writing left
             partial.unlink()
-        with open(self._metrics, "ab") as handle:
-            # Lines that were written after resume.pt: their steps are trained again.
-            handle.truncate(saved["metrics_bytes"] if saved else 0)
+        # Lines that were written after resume.pt: their steps are trained again.
+        self._handle.truncate(self._saved["metrics_bytes"] if self._saved else 0)
+        if self._saved:
+            trainer.restore(self._saved["trainer"])
+            self._saved = None
+        else:
+            self.save_resume(trainer)
 
     def append(self, events):
-        if events:
-            with open(self._metrics, "a") as handle:
-                handle.writelines(json.dumps(event) + "\n" for event in events)
+        self._handle.writelines(f"{json.dumps(event)}\n".encode() for event in events)
+        self._handle.flush()
 
     def metrics(self):
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
@@ -68,9 +90,8 @@ class RunFolder:
     def save_resume(self, trainer):
         """All that only going on needs, in one atomic file."""
         trainer.finite_losses()  # refuses to replace a good state by a broken one
-        with open(self._metrics, "ab") as handle:
-            os.fsync(handle.fileno())
-            size = handle.tell()
+        os.fsync(self._handle.fileno())
+        size = os.fstat(self._handle.fileno()).st_size
         state = {"config": self.config, "trainer": trainer.state(), "metrics_bytes": size}
         save_pt(self.path / "resume.pt", state)
         self.saved_at = time.monotonic()

@@ -1,17 +1,78 @@
-"""A training run: its settings, what it needs of memory, where its stream starts, how long it takes."""
+"""A training run: what its flags need, refused before weights are read, and the stream of its batches.
 
+Contexts, in a new order each epoch -> rows of activations -> shuffled batches.
+"""
+
+import itertools
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
-from sae import InputError, __version__
-from sae.training.evaluation import SLICE
+from sae import InputError, __version__, activations, cli, models
+from sae.tokens import open_dataset, read_contexts
+from sae.training.buffer import ShuffleBuffer, llm_batches
+from sae.training.evaluation import SLICE, evaluate, split_held_out
+from sae.training.folder import RunFolder, bar_figures, saved_preload
+from sae.training.trainer import Resampling, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {"resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder"}
 DEFAULT_PRELOAD = 25000
+
+
+class Place(NamedTuple):
+    """Where a model lies, and what its products run in."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+class Run(NamedTuple):
+    """A run that nothing speaks against; no weight has been read yet."""
+
+    config: dict  # all that decides the results, plain values
+    dataset: object  # datasets.Dataset
+    training_rows: np.ndarray
+    held_out_rows: np.ndarray
+    llm: Place
+    autoencoder: Place
+    plan: str  # memory and data, for the user
+    folder: RunFolder | None  # None for a dry run
+
+    def open_llm(self):
+        """The LLM and its module at the hookpoint."""
+        model = models.load_model(self.config["model_name"], *self.llm)
+        hookpoint, layer = self.config["hookpoint"], self.config["layer_id"]
+        return model, activations.find_hookpoint(model, hookpoint, layer)[0]
+
+    def contexts(self, rows):
+        """Batches of ids [B, T] of these rows of the dataset."""
+        return read_contexts(self.dataset, rows, self.config["batch_size_llm"], self.config["num_tokens"])
+
+
+def prepare(flags):
+    """The Run that the flags (a dict) describe; raises InputError for whatever speaks against it."""
+    device_llm, device = cli.device_pair(flags["device_llm"], flags["device_autoencoder"])
+    llm = Place(device_llm, models.pick_dtype(flags["dtype_llm"], device_llm))
+    autoencoder = Place(device, models.fast_dtype(device))
+    dataset, info = open_dataset(flags["dataset_path"])
+    skeleton = models.skeleton(flags["model_name"])
+    models.check_vocabulary(skeleton.config, info)
+    template = flags[f"{flags['layer_type']}_hookpoint"]
+    module, hookpoint = activations.find_hookpoint(skeleton, template, flags["layer_id"])
+    width = activations.activation_width(skeleton, module)
+    training_rows, held_out_rows = split_held_out(dataset.with_format("numpy")["document"][:])
+    config = run_config(flags, info, hookpoint, width, llm.dtype, len(training_rows))
+    if flags["resume"] and not flags["dry_run"] and config["num_batches_preload"] is None:
+        config["num_batches_preload"] = saved_preload(flags["save_path"])
+    config, plan = plan_memory(config, skeleton, llm, autoencoder)
+    folder = None if flags["dry_run"] else RunFolder(flags["save_path"], config, flags["resume"])
+    return Run(config, dataset, training_rows, held_out_rows, llm, autoencoder, plan, folder)
 
 
 def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_contexts):
@@ -124,16 +185,48 @@ def stream_start(config, batch):
     return first, skip, -(-config["num_batches"] * config["batch_size_autoencoder"] // rows_per_llm_batch)
 
 
-def timed_steps(trainer, rows, config, overlap):
-    """One line: the time a run takes, from three LLM batches and three training steps (two of each timed).
+def stream(run, model, module, batch, stopping=lambda: False):
+    """The ShuffleBuffer that gives batch number `batch` next; KeyboardInterrupt on `stopping()`."""
+    config, device = run.config, run.autoencoder.device
+    first, skip, last = stream_start(config, batch)
+    size, seed = config["batch_size_autoencoder"], config["seed"]
+    order = llm_batches(len(run.training_rows), config["batch_size_llm"], seed, first)
+    order = tqdm(
+        itertools.islice(order, last - first), "LLM", last - first, unit="forward", position=1, leave=False
+    )
+    contexts = itertools.chain.from_iterable(run.contexts(run.training_rows[places]) for places in order)
+    rows = activations.activation_rows(model, module, contexts, config["skip_positions"])
+    if device != run.llm.device:
+        rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
+    rows = cli.until(stopping, rows)
+    return ShuffleBuffer(rows, size, config["num_batches"], config["num_batches_preload"], seed, device, skip)
 
-    `overlap`: LLM and autoencoder have a device each and work at once.
-    """
-    chunks, size = [], config["batch_size_autoencoder"]
+
+def loop(run, model, module, trainer, buffer):
+    """Train to the end and keep what is to be kept; yields after each step what the bar shows of it."""
+    config, folder, shown = run.config, run.folder, {}
+    plan = Resampling.of(config["neuron_resampling_method"], config["neuron_resampling_interval"])
+    num_batches, interval = config["num_batches"], config["batches_between_ckpt"]
+    for events in train(trainer, buffer, num_batches, plan, config["seed"]):
+        folder.append(events)
+        if trainer.batch == num_batches or (interval and trainer.batch % interval == 0):
+            held_out = run.contexts(run.held_out_rows)
+            figures = evaluate(model, module, trainer.autoencoder, held_out, config["skip_positions"])
+            events = [*events, folder.save_checkpoint(trainer, figures)]
+        elif folder.resume_is_old():
+            folder.save_resume(trainer)
+        shown |= bar_figures(events)
+        yield shown
+
+
+def timed_steps(run, model, module, trainer):
+    """One line: the time a run takes, from two LLM batches and two training steps after one of each."""
+    size, device = run.config["batch_size_autoencoder"], run.autoencoder.device
+    (ids_BT,) = run.contexts(run.training_rows[: run.config["batch_size_llm"]])
+    skip = run.config["skip_positions"]
 
     def forward():
-        chunks.append(next(rows))
-        return chunks[-1]
+        return next(activations.activation_rows(model, module, [ids_BT], skip)).to(device)
 
     def step():
         trainer.step(batch_ND)
@@ -147,8 +240,10 @@ def timed_steps(trainer, rows, config, overlap):
         last.sum().item()
         return (time.perf_counter() - started) / 2
 
-    llm = seconds(forward) * size / len(chunks[0])
-    batch_ND = chunks[0][torch.arange(size, device=chunks[0].device) % len(chunks[0])]
-    batch_seconds = max(llm, seconds(step)) if overlap else llm + seconds(step)
-    minutes = batch_seconds * config["num_batches"] / 60
+    rows_ND = forward()
+    batch_ND = rows_ND[torch.arange(size, device=device) % len(rows_ND)]
+    llm, own = seconds(forward) * size / len(rows_ND), seconds(step)
+    # With a device each they work at once.
+    batch_seconds = llm + own if device == run.llm.device else max(llm, own)
+    minutes = batch_seconds * run.config["num_batches"] / 60
     return f"expected: {minutes:.1f} minutes at {size / batch_seconds:.0f} tokens/s, checkpoints aside"

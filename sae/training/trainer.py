@@ -15,7 +15,6 @@ from sae.training import resampling
 LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
 DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
 MEDIAN_ROWS = 8192  # of the first buffer: b_dec starts at their geometric median
-REFIRE_WINDOW = 1000  # batches after a resampling at which the revived that fire again are counted
 
 
 def geometric_median(x_ND, steps=100, tolerance=1e-6):
@@ -47,7 +46,6 @@ class Trainer:
         self.fired_F = torch.zeros(features, dtype=torch.int64, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
         self.rows_since_checkpoint = 0
-        self.revived = []  # of recent resamplings: [batch, features, which of them fired again]
         self.losses = []  # per batch since the last log line: [squared error, l1, L0] per row, on the device
         block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
         self._blocks = [slice(start, start + block) for start in range(0, features, block)]
@@ -68,8 +66,6 @@ class Trainer:
         self.fired_F += fired_F
         self.silent_F = torch.where(fired_F > 0, 0, self.silent_F + 1)
         self.losses.append(torch.stack([squared_error, l1, fired_F.sum() / len(x_ND)]))
-        for _batch, revived_K, fired_again_K in self.revived:
-            fired_again_K |= fired_F[revived_K] > 0
         self.rows_since_checkpoint += len(x_ND)
         self.batch += 1
 
@@ -148,22 +144,10 @@ class Trainer:
             resampling.revive_from_inputs(self.autoencoder, self.optimizer, dead_K, inputs_KD)
         self._refresh()
         self.silent_F[dead_K] = 0
-        self.revived.append([self.batch, dead_K, torch.zeros_like(dead_K, dtype=torch.bool)])
         return {
-            "event": "resample", "method": plan.method, "dead_before": len(dead_K), "revived": len(dead_K),
+            "event": "resample", "method": plan.method, "revived": len(dead_K),
             "loss_before": loss_before, "loss_after": self._row_losses(probe).mean().item(),
         }  # fmt: skip
-
-    def take_refired(self, finished):
-        """Events of resamplings whose REFIRE_WINDOW is over (all of them when `finished`)."""
-        events = []
-        while self.revived and (finished or self.batch >= self.revived[0][0] + REFIRE_WINDOW):
-            since, revived_K, fired_again_K = self.revived.pop(0)
-            events.append(
-                {"event": "refired", "resampled_at": since, "revived": len(revived_K),
-                 "fired_again": int(fired_again_K.sum()), "within_batches": self.batch - since}
-            )  # fmt: skip
-        return events
 
     def finite_losses(self):
         """Losses since the last log line [batches, 3]; InputError names the first that is not finite."""
@@ -205,14 +189,11 @@ class Trainer:
         for name in _COUNTERS:
             value = state[name]
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-        self.revived = [
-            [batch, revived.to(device), again.to(device)] for batch, revived, again in self.revived
-        ]
         self.losses = list(state["losses"].to(device))
         self._refresh()
 
 
-_COUNTERS = ("batch", "fired_F", "silent_F", "rows_since_checkpoint", "revived")
+_COUNTERS = ("batch", "fired_F", "silent_F", "rows_since_checkpoint")
 
 
 def new_trainer(config, device, matmul_dtype):
@@ -240,14 +221,13 @@ class Resampling(NamedTuple):
 def train(trainer, buffer, num_batches, plan, seed):
     """Train up to batch `num_batches`; yields after every step the list of its events (mostly empty).
 
-    Events are dicts with `event` (log, resample, refired) and `batch`. plan: a Resampling or None.
+    Events are dicts with `event` (log, resample) and `batch`. plan: a Resampling or None.
     """
     for x_ND in buffer.batches(first=trainer.batch):
         if trainer.batch == 0:
             trainer.start_at_median(buffer, seed)
         trainer.step(x_ND)
-        last = trainer.batch == num_batches
-        events = trainer.take_refired(finished=last)
+        events, last = [], trainer.batch == num_batches
         if last or trainer.batch % LOG_INTERVAL == 0:
             events.append({"event": "log", **trainer.log_line()})
         # Not after the last step: what is revived then would be saved untrained.

@@ -124,12 +124,13 @@ def test_who_counts_as_dead(method):
     trainer._refresh()
     event, _ = run_until(trainer, rows_ND, plan, 6)
     expected = {2, 3} if method == "replacement" else {1, 2, 3}
-    assert event["dead_before"] == event["revived"] == len(expected)
-    assert set(trainer.revived[0][1].tolist()) == expected
+    assert event["revived"] == len(expected)
+    # A revived feature's bias is 0, another's stays where it was.
+    assert set((trainer.autoencoder.b_enc == 0).nonzero()[:, 0].tolist()) == expected
     assert plan.window == (6 if method == "replacement" else 3)
 
 
-def test_anthropic_draws_from_the_buffer_and_counts_who_fires_again():
+def test_anthropic_draws_from_the_buffer():
     rows_ND = torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
     trainer = one_sided({0})
     event, _buffer = run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
@@ -139,14 +140,6 @@ def test_anthropic_draws_from_the_buffer_and_counts_who_fires_again():
         assert (directions @ ae.W_dec[feature]).max() > 1 - 1e-5
     assert event["loss_before"] > 0
     assert event["loss_after"] != event["loss_before"]
-    assert trainer.take_refired(finished=False) == []
-    for _ in range(1000):
-        trainer.step(rows_ND)
-    (refired,) = trainer.take_refired(finished=False)
-    assert refired["within_batches"] == 1000
-    assert refired["revived"] == 3
-    fires = (ae.encode(rows_ND) > 0).any(0)[1:].sum()
-    assert refired["fired_again"] >= fires > 0
 
 
 def test_same_seed_same_revival():

@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_names_its_batch(plan):
 
 def test_a_broken_state_is_never_saved(tmp_path):
     trainer = new_trainer()
-    folder = RunFolder(tmp_path, {"batch_size_autoencoder": 8}, None)
+    folder = RunFolder(tmp_path, {"batch_size_autoencoder": 8}, resume=False)
     trainer.step(rows(8))
     folder.save_resume(trainer)
     before = (tmp_path / "resume.pt").read_bytes()
