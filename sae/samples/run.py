@@ -9,7 +9,7 @@ from sae import InputError, cli
 from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
 from sae.artifacts import check_origin
 from sae.autoencoder import Checkpoint, load_checkpoint
-from sae.models import check_vocabulary, load_model, skeleton
+from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton
 from sae.samples.look import feature_activations
 from sae.tokens import open_dataset, read_contexts
 
@@ -89,11 +89,15 @@ def prepare(
 def check_target(config, name, info):
     """Refuse another model than the checkpoint's, naming both, and one without embeddings for the dataset.
 
-    The same model may lie elsewhere: it counts as another one when the last part of its name differs, or
-    its width at the hookpoint.
+    The same model may lie elsewhere. Checkpoints of version 0.1 do not know its fingerprint: there it counts
+    as another one when the last part of its name differs, or its width at the hookpoint.
     """
-    made_from = config["model_name"]
-    if Path(name).name != Path(made_from).name and Path(name).resolve() != Path(made_from).resolve():
+    made_from, known = config["model_name"], config.get("model_fingerprint")
+    if known:
+        same = model_fingerprint(name) == known
+    else:
+        same = Path(name).name == Path(made_from).name or Path(name).resolve() == Path(made_from).resolve()
+    if not same:
         raise InputError(f"the model of the autoencoder ({made_from}) needed, got {name}")
     model = skeleton(name)
     check_vocabulary(model.config, info)

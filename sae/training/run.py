@@ -103,6 +103,7 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
         "num_batches_preload": preload, "training_contexts": training_contexts, "act_vec_size": act_vec_size,
         "dict_vec_size": flags["dict_vec_size"] or 4 * act_vec_size, "architecture": "relu",
         "hookpoint": hookpoint, "dtype_llm": str(dtype_llm).removeprefix("torch."),
+        "model_fingerprint": models.model_fingerprint(flags["model_name"]),
         "dataset_fingerprint": info["fingerprint"], "tokenizer_name": info["tokenizer_name"],
         "min_tokens": info["min_tokens"], "suite_version": __version__,
     }  # fmt: skip

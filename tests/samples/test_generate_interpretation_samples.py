@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,14 +15,15 @@ from conftest import ROOT, assert_refused, run_script, write_dataset
 import generate_interpretation_samples as script
 from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
+from sae.models import model_fingerprint
 from sae.samples import RANDOM, SPREAD, TOP, load_samples
+from sae.samples.run import check_target
+from sae.tokens import open_dataset
 
 SKIP, LENGTH, FEATURES = 2, 48, 96
 
 
 def write_checkpoint(path, dataset_path, model_name, layer, width, autoencoder, **changes):
-    from sae.tokens import open_dataset
-
     config = {
         "act_vec_size": width, "dict_vec_size": len(autoencoder.b_enc), "layer_id": layer,
         "layer_type": "mlp_activations", "hookpoint": f"model.layers.{layer}.mlp.act_fn",
@@ -225,6 +227,19 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
     with pytest.raises(InputError, match=r"at most 90 .*tokens\) needed, got 91"):
         run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"}, num_samples=91)
     assert not (tmp_path / "s.pt").exists()
+
+
+def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama, small_dataset):
+    info = open_dataset(small_dataset)[1]
+    moved = str(shutil.copytree(tiny_llama, tmp_path / "0e3a5b"))
+    config = {"model_name": tiny_llama, "layer_id": 1, "act_vec_size": 48}
+    config["hookpoint"] = "model.layers.1.mlp.act_fn"
+    known = config | {"model_fingerprint": model_fingerprint(tiny_llama)}
+    check_target(known, moved, info)
+    with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {moved}"):
+        check_target(config, moved, info)  # of version 0.1: the last part of the name decides
+    with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {tiny_llama}"):
+        check_target(known | {"model_fingerprint": "of other weights"}, tiny_llama, info)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,18 @@ def test_a_signal_saves_and_says_how_to_go_on(sig, moment, whole_run, small_data
     assert contents(tmp_path) == contents(whole_run[0])
 
 
+def test_a_model_that_moved_is_the_run_s_own(whole_run, small_dataset, tiny_llama, tmp_path):
+    moved = shutil.copytree(tiny_llama, tmp_path / "moved")
+    result = train(small_dataset, f"{moved}/", whole_run[0], resume="")
+    assert result.returncode == 0 and "nothing to do" in result.stdout, result.stderr
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(moved)
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    other.save_pretrained(moved)
+    assert_refused(train(small_dataset, moved, whole_run[0], resume=""), "--resume", "model_fingerprint was")
+
+
 def test_resume_with_other_flags_names_them_and_changes_nothing(whole_run, small_dataset, tiny_llama):
     before = contents(whole_run[0])
     result = train(small_dataset, tiny_llama, whole_run[0], resume="", learning_rate=2e-3, seed=1)
