@@ -92,7 +92,7 @@ def interpret(args):  # in each process
             explanations.check_journal(documents, origin, path)
             client = explanations.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
             index = args.index or explanations.index_name(material.samples.config)
-            explanations.ensure_index(client, index, material.samples.autoencoder_fingerprint)
+            explanations.ensure_index(client, index, origin)
             lacking = explanations.missing(client, index, documents.values())
             dropped = ", a torn last line dropped" if torn else ""
             print(
@@ -112,10 +112,9 @@ def interpret(args):  # in each process
     with contextlib.ExitStack() as stack, bar:
         stopping = stack.enter_context(cli.stop_requested(forwarded=True))
         if here.rank == 0:
-            writer = stack.enter_context(explanations.Writer(client, index, args.server_patience))
+            writer = stack.enter_context(explanations.Writer(client, index, args.server_patience, stopping))
             book = stack.enter_context(explanations.Journal(path))
-            for document in lacking:
-                writer.submit(document)
+            writer.submit(lacking)
         interpreter = explanations.Interpreter(
             processes.load_model(here, name, args.dtype, args.parallel), models.load_tokenizer(name)
         ) if pending else None  # fmt: skip
@@ -127,10 +126,11 @@ def interpret(args):  # in each process
         for results in rounds:
             bar.update(len(results))
             if here.rank == 0:
-                for document in (origin | result for result in results if result["dim"] not in done):
+                new = {result["dim"]: origin | result for result in results if result["dim"] not in done}
+                for document in new.values():
                     book.append(document)
-                    writer.submit(document)
-                    documents[document["dim"]] = document
+                writer.submit(new.values())
+                documents |= new
             if any(here.everyone(stopping())):
                 if here.rank == 0:
                     print(f"stopped: {len(documents)} features are in {path}, the same command goes on")

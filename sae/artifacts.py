@@ -1,6 +1,7 @@
 """Artifacts on disk: atomic writes, fingerprints, and torch files that are never unpickled."""
 
 import hashlib
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -47,6 +48,20 @@ def fingerprint(path):
     """The first 16 hex digits of the SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()[:16]
+
+
+def save_json(path, content):
+    with atomic_write(path, "w") as handle:
+        json.dump(content, handle, indent=1)
+
+
+def check_writable(flag, path):
+    """Refuse a name that no file can get, before the work that would end in writing it."""
+    path = Path(path)
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        came = "is a folder" if path.is_dir() else f"cannot be written: {there} takes no files"
+        raise InputError(f"{flag} needs the name of a file to write, {path} {came}")
 
 
 def save_pt(path, content):

@@ -1,11 +1,13 @@
+import json
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from sae import InputError
-from sae.artifacts import atomic_write, check_origin, fingerprint, load_pt, save_pt
+from sae.artifacts import atomic_write, check_origin, check_writable, fingerprint, load_pt, save_json, save_pt
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -66,3 +68,27 @@ def test_check_origin_names_both():
     check_origin("samples", "aa", "aa", "x.pt")
     with pytest.raises(InputError, match=r"aa.*x\.pt.*bb"):
         check_origin("samples", "aa", "bb", "x.pt")
+
+
+def test_save_json_writes_all_or_nothing(tmp_path):
+    save_json(tmp_path / "a.json", {"name": "ä", "rows": [1, 2]})
+    with pytest.raises(TypeError):
+        save_json(tmp_path / "a.json", {"rows": object()})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"name": "ä", "rows": [1, 2]}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_check_writable_says_what_is_in_the_way_and_writes_nothing(tmp_path):
+    check_writable("--out", tmp_path / "new" / "deep" / "x.pt")
+    check_writable("--out", "x.pt")
+    (tmp_path / "file").touch()
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.pt", "takes no files")):
+        with pytest.raises(InputError, match=f"--out needs the name of a file to write, .*{words}"):
+            check_writable("--out", path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody may write to")
+def test_a_folder_that_nobody_may_write_to_is_refused_first():
+    with pytest.raises(InputError, match=r"/proc/self takes no files|/proc/self/x\.pt"):
+        check_writable("--out", "/proc/self/x.pt")

@@ -1,13 +1,13 @@
 """Evidence -> explanation, score, document: the interpreter, the journal, ElasticSearch."""
 
-from sae.explanations.elastic import Writer, connect, ensure_index, index_name, missing
-from sae.explanations.evidence import Plan, check_journal, open_material
+from sae.explanations.elastic import Writer, connect, ensure_index, index_name, missing, search
+from sae.explanations.evidence import Plan, open_material
 from sae.explanations.explain import explained, summary
 from sae.explanations.interpreter import Interpreter, digit_ids
-from sae.explanations.journal import Journal, read_journal
+from sae.explanations.journal import Journal, check_journal, read_journal
 from sae.explanations.prompts import token_texts
 
 __all__ = [
     "Interpreter", "Journal", "Plan", "Writer", "check_journal", "connect", "digit_ids", "ensure_index",
-    "explained", "index_name", "missing", "open_material", "read_journal", "summary", "token_texts",
+    "explained", "index_name", "missing", "open_material", "read_journal", "search", "summary", "token_texts",
 ]  # fmt: skip

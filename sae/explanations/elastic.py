@@ -1,14 +1,14 @@
-"""ElasticSearch: the client, the index and its mapping, and a writer that loses no document."""
+"""ElasticSearch: the client, the index and its mapping, searching, and a writer that loses no document."""
 
-import ipaddress
 import itertools
+import json
+import math
 import os
 import re
 import ssl
 import sys
-import threading
 import time
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -16,28 +16,36 @@ from elastic_transport import ConnectionTimeout, SerializationError, TlsError, T
 from elasticsearch import ApiError, Elasticsearch, NotFoundError, UnsupportedProductError, helpers
 from tqdm import tqdm
 
-from sae import InputError
+from sae import InputError, cli
+from sae.explanations.journal import ORIGIN, refuse_other
 
 KEYWORD, TEXT, INTEGER, FLOAT, DATE = ({"type": t} for t in ("keyword", "text", "integer", "float", "date"))
-MAPPING = {
-    "dynamic": "strict",
-    "properties": {
-        "layer": INTEGER, "dim": INTEGER, "tokens": KEYWORD, "score": FLOAT, "interpretation": TEXT,
-        "score_reason": TEXT, "control": FLOAT, "control_reason": TEXT, "control_dim": INTEGER,
-        "interval": FLOAT, "model": KEYWORD, "layer_type": KEYWORD, "hookpoint": KEYWORD,
-        "log10_frequency": FLOAT, "max_activation": FLOAT, "examples": TEXT,
-        "interpretation_model": KEYWORD, "simulation": KEYWORD, "settings": KEYWORD,
-        "dataset_fingerprint": KEYWORD, "autoencoder_fingerprint": KEYWORD, "samples_fingerprint": KEYWORD,
-        "time": DATE,
-    },
+CONTEXTS = {"properties": {"row": INTEGER, "text": TEXT, "marks": INTEGER}}
+CANDIDATES = {"properties": {"interpretation": TEXT, "explained_by": KEYWORD, "judged": FLOAT}}
+# What is sent of a document: it may hold more, for the journal alone.
+FIELDS = {
+    "layer": INTEGER, "dim": INTEGER, "tokens": KEYWORD, "score": FLOAT, "interpretation": TEXT,
+    "score_reason": TEXT, "interval": FLOAT, "control": FLOAT, "control_reason": TEXT, "control_dim": INTEGER,
+    "counting": FLOAT, "counting_reason": TEXT, "detection": FLOAT, "detection_reason": TEXT,
+    "fuzzing": FLOAT, "fuzzing_reason": TEXT, "explained_by": KEYWORD, "candidates": CANDIDATES,
+    "promotes": KEYWORD, "suppresses": KEYWORD, "shown": CONTEXTS, "scored": CONTEXTS, "model": KEYWORD,
+    "layer_type": KEYWORD, "hookpoint": KEYWORD, "log10_frequency": FLOAT, "max_activation": FLOAT,
+    "interpretation_model": KEYWORD, "simulation": KEYWORD, "settings": KEYWORD, "time": DATE,
+    "dataset_fingerprint": KEYWORD, "autoencoder_fingerprint": KEYWORD, "samples_fingerprint": KEYWORD,
 }  # fmt: skip
-# What a search that names no field (q=import) looks into: all fields would find `import` in most examples.
+LONGEST_KEYWORD = 8191  # characters of at most 4 bytes; a server takes 32,766 bytes
+# What a search that names no field looks into: all fields would find `import` in most contexts.
 SEARCHED = ["tokens", "interpretation"]
 PRIVILEGES = ["create_index", "view_index_metadata", "read", "write"]
 BUSY = (408, 429, 500, 502, 503, 504)
-BULK, FIRST_PAUSE_S, LONGEST_PAUSE_S, MOST_LOOKS = 100, 0.5, 30, 3
+BULK, BULK_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S, MOST_LOOKS = 100, 2**19, 0.5, 30, 3
+WORK_S = 5  # for which the work waits for a server, once in LONGEST_PAUSE_S while it fails
 # OpenSSL's X509_V_ERR numbers; any other one means that no trusted authority signed the certificate.
 CERTIFICATE = {9: "is not valid yet", 10: "has expired", 62: "is for another host", 64: "is for another host"}
+
+
+class MayPass(InputError):
+    """The server failed, and the same request may succeed later."""
 
 
 def connect(server_address, api_key, ssl_cert=None, insecure=False):
@@ -48,52 +56,40 @@ def connect(server_address, api_key, ssl_cert=None, insecure=False):
     """
     url = _url(server_address, ssl_cert)
     if insecure:
-        print(
-            f"warning: --insecure: the certificate of {url} is not verified, "
-            "whoever sits in between can read the API key",
-            file=sys.stderr,
-        )
+        unsafe = "is not verified, whoever sits in between can read the API key"
+        print(f"warning: --insecure: the certificate of {url} {unsafe}", file=sys.stderr)
     tls = _tls(ssl_cert, insecure) if url.startswith("https") else {}
-    client = Elasticsearch(
-        url, api_key=_key(api_key), request_timeout=20, max_retries=3, retry_on_status=BUSY, **tls
-    )
+    # Bulks are compressed; answers are small.
+    options = {"http_compress": True, "headers": {"accept-encoding": "identity"}, "api_key": _key(api_key)}
+    client = Elasticsearch(url, request_timeout=20, max_retries=3, retry_on_status=BUSY, **options, **tls)
     with _in_one_line(client):
         client.info()
     return client
 
 
 def _url(address, ssl_cert):
-    if "@" in address:
-        raise InputError("server_address needs no user or password, the API key says who asks")
-    scheme, there, rest = address.rpartition("://")
-    scheme = scheme.lower()
     try:
-        parts = urlsplit(f"//{rest}")
-        host, port = parts.hostname, parts.port
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        scheme, host, port = parts.scheme, parts.hostname, parts.port
     except ValueError:
         host = None
-    if not host or parts.query or parts.fragment or scheme not in (["http", "https"] if there else [""]):
+    if not host or "@" in address or parts.query or parts.fragment or scheme not in ("", "http", "https"):
         # What came is not shown: with the two arguments swapped it is the key.
-        raise InputError("server_address needs the form [http(s)://]host[:port]; it is the first argument")
+        form = "[http(s)://]host[:port], without user or password"
+        raise InputError(f"server_address needs the form {form}; it is the first argument")
     if scheme == "http" and ssl_cert:
         raise InputError("--ssl_cert needs an https address, an http one came")
     port = port or (443 if scheme == "https" else 9200)
-    scheme = scheme or ("http" if _loopback(host) and not ssl_cert else "https")
+    here = re.fullmatch(r"127(\.\d+){3}|::1|(.+\.)?localhost", host)
+    scheme = scheme or ("http" if here and not ssl_cert else "https")
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}{parts.path.rstrip('/')}"
-
-
-def _loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost" or host.endswith(".localhost")
 
 
 def _key(text):
     """The key in the form the client takes. It never appears in a message, whatever is wrong with it."""
     if text.startswith("@"):
         try:
-            text = Path(text[1:]).read_text(encoding="ascii").strip()
+            text = Path(cli.path(text[1:])).read_text(encoding="ascii").strip()
         except UnicodeDecodeError:
             raise InputError(f"api_key needs a file with the key alone, {text[1:]} is no text") from None
     if not re.fullmatch(r"[!-~]+", text):
@@ -107,63 +103,66 @@ def _tls(ssl_cert, insecure):
         return {"verify_certs": False, "ssl_show_warn": False}
     try:
         return {"ssl_context": ssl.create_default_context(cafile=ssl_cert)}
-    except ssl.SSLError:
-        raise InputError(f"--ssl_cert needs a file of certificates (PEM), {ssl_cert} is none") from None
     except OSError as err:
-        raise InputError(f"--ssl_cert needs a file of certificates, {ssl_cert}: {err.strerror}") from None
+        came = "is none (PEM)" if isinstance(err, ssl.SSLError) else err.strerror
+        raise InputError(f"--ssl_cert needs a file of certificates, {ssl_cert}: {came}") from None
 
 
 @contextmanager
 def _in_one_line(client):
+    """What goes wrong between us and the server becomes an InputError: one line, without the key."""
     try:
         yield
     except (ApiError, TransportError) as err:
-        raise InputError(_plain(err, client)) from err
-
-
-def _plain(err, client):
-    """What went wrong between us and the server, in one line without the key."""
-    url = next(iter(client.transport.node_pool.all())).base_url
-    if isinstance(err, ApiError):
-        text = _api_trouble(err)
-    elif isinstance(err, TlsError):
-        cause = _root(err)
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            trouble = CERTIFICATE.get(cause.verify_code, "is from another authority than the trusted ones")
-            text = f"is not trusted: its certificate {trouble} ({cause.verify_message})"
+        url = next(iter(client.transport.node_pool.all())).base_url
+        # No server sends the key back, but nothing here depends on that.
+        text = f"{url} {_trouble(err)}".replace(client._headers["authorization"].split()[-1], "***")
+        if isinstance(err, ApiError):
+            may_pass = err.status_code in BUSY or "blocked by" in text
         else:
-            text = f"speaks no TLS that we know ({cause}); plain http needs http:// in the address"
-    elif isinstance(err, SerializationError):
-        text = "is not ElasticSearch: its answer cannot be read"
-    else:
-        late = isinstance(err, ConnectionTimeout)
-        text = f"does not answer: {'no reply in time' if late else _root(err)}"
-    # No server sends the key back, but nothing here depends on that.
-    key = client._headers["authorization"].split()[-1]
-    return " ".join(f"ElasticSearch needed, {url} {text}".replace(key, "***").split())
+            may_pass = not isinstance(err, (TlsError, SerializationError))
+        kind = MayPass if may_pass else InputError
+        raise kind(" ".join(f"ElasticSearch needed, {text}".split())) from err
+
+
+def _trouble(err):
+    if isinstance(err, ApiError):
+        return _api_trouble(err)
+    cause = err
+    while cause.__cause__ or cause.__context__:  # the first one has the socket's or TLS's own words
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        found = CERTIFICATE.get(cause.verify_code, "is from another authority than the trusted ones")
+        return f"is not trusted: its certificate {found} ({cause.verify_message})"
+    if isinstance(err, TlsError):
+        return f"speaks no TLS that we know ({cause}); plain http needs http:// in the address"
+    if isinstance(err, SerializationError):
+        return "is not ElasticSearch: its answer cannot be read"
+    return f"does not answer: {'no reply in time' if isinstance(err, ConnectionTimeout) else cause}"
 
 
 def _api_trouble(err):
-    error = err.body.get("error") if isinstance(err.body, dict) else None
-    reason = error.get("reason") if isinstance(error, dict) else error
-    said = f"{err.status_code}{f', {reason}' if reason else ''}"
-    if err.status_code == 401:
+    status, error = err.status_code, err.body.get("error") if isinstance(err.body, dict) else None
+    said = f"{status}, {_reason(error)}" if error else str(status)
+    if status == 401:
         return f"refuses the API key ({said}): it is unknown, has expired or was revoked"
-    if err.status_code == 403:
-        return (
-            f"refuses the API key ({said}): it needs the cluster privilege monitor and, "
-            f"on the index, {', '.join(PRIVILEGES)}"
-        )
-    if isinstance(err, UnsupportedProductError) or (err.status_code not in BUSY and not error):
+    if status == 403 and "blocked by" not in said:
+        needed = f"the cluster privilege monitor and, on the index, {', '.join(PRIVILEGES)}"
+        return f"refuses the API key ({said}): it needs {needed}"
+    if isinstance(err, UnsupportedProductError) or (status not in (*BUSY, 413) and not error):
         return f"is not ElasticSearch (it answered {said})"
     return f"answered {said}"
 
 
-def _root(err):
-    """The first cause of an error: the socket's or TLS's own words."""
-    while err.__cause__ or err.__context__:
-        err = err.__cause__ or err.__context__
-    return err
+def _reason(error):
+    """The server's words for an error, and what lifts it where an index takes no documents."""
+    if isinstance(error, dict):
+        error = next(iter(error.get("root_cause") or [error])).get("reason")
+    if "flood-stage" in str(error):
+        return (
+            f"{error} (free space on the server's disk, or set index.blocks.read_only_allow_delete to null)"
+        )
+    return f"{error} (a setting index.blocks.* of the index)" if "blocked by" in str(error) else str(error)
 
 
 def index_name(config):
@@ -172,20 +171,20 @@ def index_name(config):
     if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         model = Path(model).name
     keys = ("layer_type", "layer_id", "act_vec_size", "dict_vec_size", "learning_rate", "l1_coefficient")
-    tail = _allowed("".join(f"_{config[key]}" for key in keys))
+    head, tail = (
+        re.sub(r'[\\/*?"<>|,#:\s]', "-", text.lower())
+        for text in (model, "".join(f"_{config[key]}" for key in keys))
+    )
     # At most 255 bytes; what tells two autoencoders of one model apart stays.
-    head = _allowed(model).encode()[: 255 - len(tail.encode())].decode(errors="ignore")
+    head = head.encode()[: 255 - len(tail.encode())].decode(errors="ignore")
     return (head + tail).lstrip("-_+.")
 
 
-def _allowed(text):
-    return re.sub(r'[\\/*?"<>|,#:\s]', "-", text.lower())
-
-
 def ensure_index(client, index, origin):
-    """Create `index`, or check that it has our mapping and holds features of the autoencoder `origin`.
+    """Create `index`, or check that its documents have our mapping and come from where this run's come from.
 
-    origin: the autoencoder's fingerprint. InputError names both sides, or says what the key lacks.
+    origin: the fields that all documents of the run have in common. InputError names both sides, or says
+    what the key lacks. To an index of the version before the fields that it lacks are added.
     """
     with _in_one_line(client):
         try:
@@ -199,28 +198,34 @@ def ensure_index(client, index, origin):
 
 
 def _same_index(client, index, origin):
+    owner = {key: origin.get(key) for key in ORIGIN}
     try:
-        found = client.indices.get_mapping(index=index)
+        there = next(iter(client.indices.get_mapping(index=index).values()))["mappings"]
     except NotFoundError:
+        mapping = {"dynamic": "strict", "properties": FIELDS, "_meta": owner}
         settings = {"index.query.default_field": SEARCHED}
-        mapping = MAPPING | {"_meta": {"autoencoder_fingerprint": origin}}
         client.indices.create(index=index, mappings=mapping, settings=settings)
         return
-    there = next(iter(found.values()))["mappings"]
-    types = {field: kind.get("type", "object") for field, kind in there.get("properties", {}).items()}
+    meta = there.get("_meta", {})
+    ours = "autoencoder_fingerprint" in meta
+    types = {field: _type(kind) for field, kind in there.get("properties", {}).items()}
     other = [
-        f"{field} {types.get(field, 'missing')} instead of {kind['type']}"
-        for field, kind in MAPPING["properties"].items()
-        if types.get(field) != kind["type"]
+        f"{field} {types.get(field, 'missing')} instead of {_type(kind)}"
+        for field, kind in FIELDS.items()
+        if types.get(field, ours and _type(kind)) != _type(kind)
     ]
     if other:
         raise InputError(f"the index {index} has another mapping: {', '.join(other)}; --index names another")
-    made_from = there.get("_meta", {}).get("autoencoder_fingerprint", "nobody knows which")
-    if made_from != origin:
-        raise InputError(
-            f"the index {index} holds features of another autoencoder, {made_from} instead of {origin}; "
-            "--index names another"
-        )
+    if ours and "settings" not in meta:  # an index of the version before: its documents say the rest
+        hits = client.search(index=index, size=1)["hits"]["hits"]
+        meta = (hits[0]["_source"] if hits else owner) | meta
+    refuse_other(f"the index {index}", meta, owner, "--index names another")
+    if meta != owner or not types.keys() >= FIELDS.keys():
+        client.indices.put_mapping(index=index, properties=FIELDS, meta=owner)
+
+
+def _type(kind):
+    return kind.get("type", "object")
 
 
 def missing(client, index, documents):
@@ -230,126 +235,144 @@ def missing(client, index, documents):
         batch = documents[start : start + BULK]
         with _in_one_line(client):
             found = client.mget(index=index, ids=[str(document["dim"]) for document in batch])["docs"]
-        lacking += [doc for doc, there in zip(batch, found, strict=True) if there.get("_source") != doc]
+        lacking += [doc for doc, at in zip(batch, found, strict=True) if at.get("_source") != as_sent(doc)]
     return lacking
 
 
-class Writer:
-    """Sends documents in bulks from a thread of its own; `submit` returns at once.
+def as_sent(document, fields=FIELDS):
+    """What the server gets of a document: the fields of the mapping, keywords as long as it takes."""
+    return {name: _fitting(value, fields[name]) for name, value in document.items() if name in fields}
 
-    A server that is down, slow or busy is asked again after growing pauses for as long as the work lasts;
-    on leaving, until `patience_s` seconds have passed without success (a run that is being stopped sets it
-    to 0). Then `sent` and `unsent` (counts), `rejected` [(dim, reason)] and `trouble` (the last failure in
-    one line, or None) are final.
-    A document counts as sent when the server shows it at the end: one that restarts may have forgotten it.
+
+def _fitting(value, kind):
+    if isinstance(value, list):
+        return [_fitting(part, kind) for part in value]
+    if isinstance(value, dict) and "properties" in kind:
+        return as_sent(value, kind["properties"])
+    too_long = kind == KEYWORD and isinstance(value, str) and len(value) > LONGEST_KEYWORD
+    return f"{value[: LONGEST_KEYWORD - 1]}…" if too_long else value
+
+
+def search(server_address, index, query=None, size=10, api_key="none", ssl_cert=None, insecure=False):
+    """Documents of explained features, the best score first: [dict].
+
+    query: `import` (in tokens and interpretations), `promotes:import`, `score:[0.5 TO 1] AND layer:10`, ...
+    """
+    client = connect(server_address, api_key, ssl_cert, insecure)
+    asked = {"query_string": {"query": query, "fields": SEARCHED}} if query else {"match_all": {}}
+    order = [{"score": {"order": "desc", "missing": "_last"}}, {"dim": "asc"}]
+    with suppress(ApiError):  # a key that only reads waits for the next refresh
+        client.indices.refresh(index=index)
+    with _in_one_line(client):
+        hits = client.search(index=index, query=asked, size=size, sort=order)["hits"]["hits"]
+    return [hit["_source"] for hit in hits]
+
+
+class Writer(AbstractContextManager):
+    """Sends documents in bulks while the work goes on; on leaving, what is left.
+
+    A server that fails holds the work up for WORK_S seconds and is asked again LONGEST_PAUSE_S later. On
+    leaving it is asked after growing pauses until `patience_s` seconds have passed without success, or
+    `stopping()`. Then `sent` and `unsent` (counts), `rejected` [(dim, reason)] and `trouble` (the last
+    failure in one line, or None) are final. A document counts as sent when the server shows it at the end:
+    one that restarts may have forgotten it.
     """
 
-    def __init__(self, client, index, patience_s):
-        # Several attempts fit into the patience.
-        self._client = client.options(request_timeout=min(60, max(1, patience_s / 4)), max_retries=0)
-        self._index, self.patience_s = index, patience_s
+    def __init__(self, client, index, patience_s, stopping=lambda: False):
+        self._client = client.options(request_timeout=WORK_S, max_retries=0)
+        self._index, self._patience_s, self._stopping = index, patience_s, stopping
         self._documents, self._waiting, self._rejected = {}, {}, {}  # by dim
-        self._changed, self._closing, self.trouble = threading.Condition(), False, None
-        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._most_bytes, self._next_try, self._may_pass, self.trouble = BULK_BYTES, 0, True, None
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def submit(self, document):
-        with self._changed:
-            self._documents[document["dim"]] = self._waiting[document["dim"]] = document
-            self._changed.notify()
+    def submit(self, documents):
+        new = {document["dim"]: as_sent(document) for document in documents}
+        self._documents |= new
+        self._waiting |= new
+        if self._documents and time.monotonic() >= self._next_try:
+            self._try(WORK_S)
 
     def __exit__(self, error_type, *_error):
-        if error_type:
-            self.patience_s = 0
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        if self.trouble and self.patience_s:
-            _say(f"waiting up to {self.patience_s:g} s for ElasticSearch")
-        self._thread.join()
-        self.unsent = len(self._waiting)
-        self.rejected = sorted(self._rejected.items())
-        self.sent = len(self._documents) - len(self._waiting) - len(self._rejected)
+        if not error_type:
+            self._finish()
+        self.unsent, self.rejected = len(self._waiting), sorted(self._rejected.items())
+        self.sent = len(self._documents) - self.unsent - len(self.rejected)
 
-    def _work(self):
-        pause, failing_since, looks, closing = FIRST_PAUSE_S, time.monotonic(), 0, False
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if self._closing and not closing:  # the patience begins when the work has ended
-                    closing, failing_since = True, time.monotonic()
-                batch = dict(itertools.islice(self._waiting.items(), BULK))
-            trouble, passing = self._try(self._send, batch) if batch else self._try(self._look_again)
-            if trouble and not self.trouble:
-                _say(f"{trouble}; the work goes on, what is finished is sent later")
-            elif self.trouble and not trouble:
-                _say("ElasticSearch answers again")
-            if not (trouble and self.trouble) or batch.keys() - self._waiting.keys():
-                pause, failing_since = FIRST_PAUSE_S, time.monotonic()
-            self.trouble = trouble
-            if trouble:
-                left = self.patience_s - (time.monotonic() - failing_since)
-                if closing and (left <= 0 or not passing):
-                    self._waiting = self._waiting or self._taken()  # nobody knows what the server kept
-                    return
-                with self._changed:
-                    # Leaving cuts the pause short; once we are leaving, only the patience does.
-                    self._changed.wait_for(
-                        lambda c=closing: self._closing and not c, min(pause, max(left, 1))
-                    )
-                pause = min(2 * pause, LONGEST_PAUSE_S)
-            elif not batch:
-                looks += 1
-                if not self._waiting:
-                    return
-                if looks == MOST_LOOKS:
-                    self.trouble = "ElasticSearch shows other documents than it was sent"
-                    return
+    def _finish(self):
+        # Several attempts fit into the patience.
+        self._client = self._client.options(request_timeout=min(30, max(1, self._patience_s / 4)))
+        if self.trouble:
+            _say(f"waiting up to {self._patience_s:g} s for ElasticSearch")
+        pause, since, fewest, looks = FIRST_PAUSE_S, time.monotonic(), len(self._waiting), 0
+        while self._documents:
+            self._try(math.inf, look=True)
+            if not self.trouble and not self._waiting:
+                return
+            looks += not self.trouble
+            if looks == MOST_LOOKS:
+                self.trouble = "ElasticSearch shows other documents than it was sent"
+                return
+            if len(self._waiting) < fewest:
+                pause, since, fewest = FIRST_PAUSE_S, time.monotonic(), len(self._waiting)
+            left = self._patience_s - (time.monotonic() - since)
+            if left <= 0 or self._stopping() or (self.trouble and not self._may_pass):
+                self._waiting = self._waiting or self._taken()  # nobody knows what the server kept
+                return
+            until = time.monotonic() + min(pause, max(left, 1))
+            while time.monotonic() < until and not self._stopping():
+                time.sleep(0.05)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
-    def _try(self, action, *args):
-        """What went wrong, in one line or None; and whether it may pass."""
+    def _try(self, seconds, look=False):
+        """Send until nothing waits, a bulk fails or it is late; `look`: see what the server lacks then."""
+        trouble, late = None, time.monotonic() + seconds
         try:
-            return action(*args), True
+            with _in_one_line(self._client):
+                # A bulk to an index that is gone would create it with a guessed mapping.
+                _same_index(self._client, self._index, next(iter(self._documents.values())))
+                while self._waiting and time.monotonic() < late:
+                    self._bulk(list(itertools.islice(self._waiting.items(), BULK)))
+            if look:
+                lacking = missing(self._client, self._index, self._taken().values())
+                self._waiting = {document["dim"]: document for document in lacking}
         except InputError as err:
-            return str(err), _may_pass(err.__cause__)
-        except (ApiError, TransportError) as err:
-            return _plain(err, self._client), _may_pass(err)
+            trouble, self._may_pass = str(err), isinstance(err, MayPass)
+            self._next_try = time.monotonic() + LONGEST_PAUSE_S
+        if trouble and not self.trouble:
+            _say(f"{trouble}; the work goes on, what is finished is sent later")
+        elif self.trouble and not trouble:
+            _say("ElasticSearch answers again")
+        self.trouble = trouble
 
-    def _send(self, batch):
-        """One bulk of {dim: document}; those that the server took or rejected wait no longer."""
-        # A bulk to an index that is gone would create it with a guessed mapping.
-        _same_index(self._client, self._index, next(iter(batch.values()))["autoencoder_fingerprint"])
-        actions = [{"_index": self._index, "_id": str(dim), "_source": doc} for dim, doc in batch.items()]
-        trouble = None
-        for _ok, item in helpers.streaming_bulk(self._client, actions, raise_on_error=False):
-            result = item["index"]
-            dim, error = int(result["_id"]), result.get("error")
-            if error and result["status"] != 400:
-                trouble = f"ElasticSearch answered {result['status']} for feature {dim}"
-                continue
-            with self._changed:
-                if self._waiting.get(dim) is batch[dim]:  # and not one that came later
-                    del self._waiting[dim]
+    def _bulk(self, batch):
+        """One bulk of [(dim, document)]; those that the server took or rejected wait no longer."""
+        actions = [{"_index": self._index, "_id": str(dim), "_source": doc} for dim, doc in batch]
+        bulks = helpers.streaming_bulk(
+            self._client, actions, max_chunk_bytes=self._most_bytes, raise_on_error=False
+        )
+        try:
+            for _ok, item in bulks:
+                result = item["index"]
+                dim, error = int(result["_id"]), result.get("error")
+                if error and result["status"] != 400:
+                    said = f"{result['status']} for feature {dim}: {_reason(error)}"
+                    raise MayPass(f"ElasticSearch answered {said}")
+                del self._waiting[dim]
                 if error:
-                    self._rejected[dim] = error["reason"] if isinstance(error, dict) else str(error)
-        return trouble
+                    self._rejected[dim] = _reason(error)
+        except ApiError as err:
+            if err.status_code != 413:
+                raise
+            # Bulks are answered in order: the first document that waits is in the one that was too large.
+            dim, document = next(item for item in batch if item[0] in self._waiting)
+            size = len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
+            if size < self._most_bytes:
+                self._most_bytes //= 2
+            else:  # it was alone in its bulk
+                del self._waiting[dim]
+                self._rejected[dim] = f"the server or a proxy takes no {size} bytes (413)"
 
     def _taken(self):
         return {dim: doc for dim, doc in self._documents.items() if dim not in self._rejected}
-
-    def _look_again(self):
-        lacking = missing(self._client, self._index, self._taken().values())
-        self._waiting = {document["dim"]: document for document in lacking}
-
-
-def _may_pass(err):
-    """Whether the same request may succeed later."""
-    if isinstance(err, ApiError):
-        return err.status_code in BUSY
-    return isinstance(err, TransportError) and not isinstance(err, (TlsError, SerializationError))
 
 
 def _say(line):

@@ -62,17 +62,6 @@ def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
     return Material(samples, dataset, load_tokenizer(info["tokenizer_name"]), fingerprint(samples_path))
 
 
-def check_journal(documents, origin, path):
-    """Refuse to go on with a journal of other samples, another interpreter or other settings."""
-    for document in documents.values():
-        for key in ("samples_fingerprint", "interpretation_model", "simulation", "settings"):
-            if document.get(key) != origin[key]:
-                raise InputError(
-                    f"a journal of {key} {origin[key]} needed to go on, {path} has {document.get(key)}: "
-                    "move it away to begin anew"
-                )
-
-
 class Context(NamedTuple):
     row: int  # of the dataset
     texts: list[str]  # of the T tokens

@@ -8,6 +8,15 @@ from pathlib import Path
 from sae import InputError
 from sae.artifacts import sync_folder
 
+# What all documents of a journal, and of an index, have in common; and what one that differs in it holds.
+ORIGIN = {
+    "autoencoder_fingerprint": "features of another autoencoder",
+    "samples_fingerprint": "explanations from other samples",
+    "interpretation_model": "explanations by another LLM",
+    "simulation": "scores of another simulation",
+    "settings": "explanations with other settings",
+}
+
 
 def read_journal(path, mend=True):
     """What a journal holds: ({dim: document}, whether its last line was torn). A missing file is empty.
@@ -34,6 +43,20 @@ def read_journal(path, mend=True):
         handle.truncate(whole)
         os.fsync(handle.fileno())
     return documents, True
+
+
+def check_journal(documents, origin, path):
+    """Refuse to go on with a journal of other samples, another interpreter or other settings."""
+    for document in documents.values():
+        refuse_other(f"the journal {path}", document, origin, "move it away to begin anew")
+
+
+def refuse_other(where, made_from, origin, what_to_do):
+    """Refuse what lies in `where` when it was not made as this run makes its documents, naming both."""
+    for key, what in ORIGIN.items():
+        came, needed = made_from.get(key), origin.get(key)
+        if came != needed:
+            raise InputError(f"{where} holds {what}, {came} instead of {needed}: {what_to_do}")
 
 
 def _parse(line):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from sae import InputError, __version__, artifacts
+from sae.artifacts import save_json
 
 INFO_FILE = "tokenized_dataset.json"
 ROWS_PER_BATCH = 1000
@@ -192,11 +193,6 @@ def content_fingerprint(path):
 
 def _state_path(folder, process):
     return folder / f"worker-{process:05d}.json"
-
-
-def save_json(path, content):
-    with artifacts.atomic_write(path, "w") as handle:
-        json.dump(content, handle, indent=1)
 
 
 def load_states(folder, plan):

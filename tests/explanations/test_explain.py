@@ -253,16 +253,6 @@ def test_a_tokenizer_that_joins_digits_is_refused():
         digit_ids(joined)
 
 
-def test_a_journal_of_another_interpreter_is_refused():
-    origin = {"samples_fingerprint": "a", "interpretation_model": "m", "simulation": "contrastive"}
-    origin["settings"] = "seed=0"
-    plan.check_journal({1: origin}, origin, "here")
-    with pytest.raises(InputError, match=r"interpretation_model m needed.*has other"):
-        plan.check_journal({1: origin | {"interpretation_model": "other"}}, origin, "here")
-    with pytest.raises(InputError, match=r"settings seed=0 needed.*has seed=1"):
-        plan.check_journal({1: origin | {"settings": "seed=1"}}, origin, "here")
-
-
 def test_skipped_positions_are_neither_shown_nor_scored(small_dataset, smollm2):
     dataset, _ = open_dataset(small_dataset)
     acts = torch.zeros(1, 4, 64)

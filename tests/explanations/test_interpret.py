@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from sae.artifacts import fingerprint
 from sae.autoencoder import Autoencoder, save_checkpoint
 from sae.explanations import prompts
-from sae.explanations.elastic import connect
+from sae.explanations.elastic import as_sent, connect
 from sae.samples import RANDOM, TOP, Samples, save_samples
 from sae.tokens import open_dataset
 
@@ -146,7 +146,7 @@ def test_documents_have_what_the_contract_asks(alone, inputs, elasticsearch_url,
         fingerprint(inputs / "samples.pt"),
     )
     client = connect(elasticsearch_url, api_key())
-    assert client.get(index="sae-alone", id="1")["_source"] == first
+    assert client.get(index="sae-alone", id="1")["_source"] == as_sent(first)
 
 
 @pytest.mark.parametrize("parallel", ["tensor", "data"])

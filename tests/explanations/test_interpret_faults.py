@@ -21,7 +21,7 @@ from servers import KEY, NoidaServer, Proxy, api_key, dropped, refusal, slow
 from sae.activations import activations_at, find_hookpoint
 from sae.artifacts import fingerprint
 from sae.autoencoder import Autoencoder, save_checkpoint
-from sae.explanations.elastic import connect
+from sae.explanations.elastic import as_sent, connect
 from sae.samples import RANDOM, TOP, Samples, save_samples
 from sae.tokens import open_dataset
 
@@ -116,7 +116,8 @@ class Run(NamedTuple):
         return self.journal.read_bytes().count(b"\n") if self.journal.exists() else 0
 
     def documents(self):
-        return {doc["dim"]: timeless(doc) for doc in map(json.loads, self.journal.read_text().splitlines())}
+        documents = map(json.loads, self.journal.read_text().splitlines())
+        return {document["dim"]: timeless(as_sent(document)) for document in documents}
 
     def wait_for_lines(self, process, count):
         while self.lines() < count and process.poll() is None:

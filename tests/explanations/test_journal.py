@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from sae import InputError
-from sae.explanations.journal import Journal, read_journal
+from sae.explanations.journal import ORIGIN, Journal, check_journal, read_journal
 
 DOCUMENTS = [{"dim": 3, "interpretation": "naïve\nline\u2028end", "score": 0.1}, {"dim": 1, "score": None}]
 
@@ -115,3 +115,19 @@ def test_what_append_returned_from_outlives_kill_9(tmp_path):
     documents, _torn = read_journal(path)
     assert set(said) <= set(documents)
     assert sorted(documents) == list(range(len(documents)))
+
+
+@pytest.mark.parametrize("key", ORIGIN)
+def test_a_journal_of_other_making_is_refused_and_both_are_named(key):
+    origin = dict.fromkeys(ORIGIN, "ours")
+    check_journal({}, origin, "here")
+    check_journal({1: origin, 2: origin | {"dim": 2}}, origin, "here")
+    with pytest.raises(InputError, match=r"journal here holds .*theirs instead of ours: move it away"):
+        check_journal({1: origin, 2: origin | {key: "theirs"}}, origin, "here")
+
+
+def test_a_journal_of_a_version_that_recorded_less_is_refused():
+    origin = dict.fromkeys(ORIGIN, "ours")
+    before = {key: value for key, value in origin.items() if key != "settings"}
+    with pytest.raises(InputError, match=r"other settings, None instead of ours: move it away"):
+        check_journal({1: before}, origin, "here")
