@@ -65,7 +65,7 @@ def naive(args):
     for context in feature.scored[: args.naive_contexts]:
         messages = prompts.simulate_messages(explanation)
         messages[-1]["content"] += "\n\nTokens:\n" + "\n".join(context.visible())
-        ids = tokenizer(prompts.chat(tokenizer, messages), add_special_tokens=False, return_tensors="pt")[
+        ids = tokenizer(interpreter.chat(messages), add_special_tokens=False, return_tensors="pt")[
             "input_ids"
         ]
         with torch.inference_mode():

@@ -1,34 +1,40 @@
-"""The interpreter: an LLM that writes explanations, and whose digit probabilities are the simulations.
+"""The interpreter: an LLM that writes explanations, and whose probabilities are the simulations.
 
-Dims: B texts, L tokens of the interpreter, T scored positions of a context, V its vocabulary.
+Dims: B texts, L tokens of the interpreter, S tokens with those before, T positions read, V its vocabulary.
+
+Between the beginning that texts share and a text there is never filling, and none in front of it that the
+model's attention would count: what is read in a text does not depend on the texts beside it.
 """
 
 import copy
+import inspect
+import re
 from typing import NamedTuple
 
 import torch
 
 from sae import InputError
 from sae.explanations import prompts
+from sae.explanations.chat import CUT, chat, plain, split_chat
 
 
 class Prefix(NamedTuple):
-    """A text that many prompts begin with: its keys and values, computed once."""
+    """Ids that many texts begin with; their keys and values, computed once, where the model has such."""
 
+    ids: list[int]
     cache: object
-    length: int  # in the interpreter's tokens
 
-    def repeated(self, times):
-        """A cache of its own for `times` texts: what a forward pass adds does not reach this prefix."""
+    def shared(self, times):
+        """The cache for `times` texts, not copied: what a forward pass adds does not reach this prefix."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
-        if times > 1:
-            cache.batch_repeat_interleave(times)
+        for layer in cache.layers:
+            layer.keys, layer.values = (kv.expand(times, -1, -1, -1) for kv in (layer.keys, layer.values))
         return cache
 
 
 class Interpreter:
-    """`model`: any causal LM of transformers, DeepSpeed's shards of one too; `tokenizer` is its own.
+    """`model`: any causal LM of transformers, a process's share of one too; `tokenizer` is its own.
 
     `earlier`: what stands for the activations of earlier tokens while a later one is read off.
     """
@@ -42,104 +48,184 @@ class Interpreter:
         self.digit_ids = digit_ids(tokenizer)
         self.end_ids = _end_ids(model, tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self._cached, self._alone = _keeps_keys_and_values(model), _rotates_by_length(model.config)
+        self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         # SentencePiece puts a space before whatever it is given: not so where a text goes on.
-        marked = tokenizer.tokenize("a")[0].startswith("▁")
-        self._before = "\n" if marked else ""
-        head, self.explain_tail = prompts.split_chat(tokenizer, prompts.explain_messages)
-        self.explain_prefix = self.prefix(head)
-        head, self.simulate_tail = prompts.split_chat(tokenizer, prompts.simulate_messages)
-        self.simulate_prefix = self.prefix(head)
+        self._before = "\n" if tokenizer.tokenize("a")[0][0] in "▁Ġ" else ""
+        self._prefixes = {}
+
+    def chat(self, messages):
+        """The text that a reply goes on from; nothing in `messages` becomes a control token."""
+        return chat(self.tokenizer, [turn | {"content": self.plain(turn["content"])} for turn in messages])
+
+    def plain(self, text):
+        return plain(self.tokenizer, text)
 
     @torch.inference_mode()
     def prefix(self, text, after=None):
         """The Prefix of `text`, or of the Prefix `after` followed by `text`."""
         from transformers import DynamicCache
 
-        cache = after.repeated(1) if after else DynamicCache(config=self.model.config)
-        ids_BL = torch.tensor([self.encode(text, "" if after is None else self._before)[0]])
-        self._logits(ids_BL, cache, torch.tensor([[0]]))
-        return Prefix(cache, (after.length if after else 0) + ids_BL.shape[1])
+        ids = self.encode(text, "" if after is None else self._before)[0]
+        if not self._cached:
+            return Prefix((after.ids if after else []) + ids, None)
+        # Without the config it keeps all keys: a window's would be cut to those that the last token sees.
+        before = after or Prefix([], DynamicCache())
+        return Prefix(before.ids + ids, self._read([ids], [[0]], before)[1])
 
-    @torch.inference_mode()
-    def explanations(self, questions, max_new_tokens=60):
-        """One sentence per question (texts of prompts.explain_question), written greedily, all at once."""
+    def explanations(
+        self, questions, max_new_tokens=60, messages_about=prompts.explain_messages, begin=prompts.REPLY,
+        batch_size=16, progress=None,
+    ):  # fmt: skip
+        """One sentence for each question, written greedily after `begin`: [str].
+
+        `messages_about(question)`: chat messages that end with the question. `progress(n)` is called whenever
+        n more have been written.
+        """
+        prefix, tail = self._chat_prefix(messages_about)
         # The model goes on after the words that begin every reply, so it cannot begin with pleasantries.
-        tail = f"{self.explain_tail}{prompts.REPLY}"
-        encoded = [self.encode(question + tail, self._before)[0] for question in questions]
-        length = max(map(len, encoded))
-        ids_BL = torch.tensor([[0] * (length - len(ids)) + ids for ids in encoded])
-        start_B = torch.tensor([length - len(ids) for ids in encoded])
-        mask_BL = (torch.arange(length) >= start_B[:, None]).long()
-        mask_BL = torch.cat([mask_BL.new_ones(len(encoded), self.explain_prefix.length), mask_BL], 1)
-        positions_BL = (mask_BL.cumsum(1) - 1)[:, self.explain_prefix.length :]
-        cache = self.explain_prefix.repeated(len(encoded))
-        replies, texts, done = [[] for _ in encoded], [""] * len(encoded), [False] * len(encoded)
-        for _ in range(max_new_tokens):
-            last_B1 = torch.full((len(encoded), 1), ids_BL.shape[1] - 1)
-            next_B = self._logits(ids_BL, cache, last_B1, mask_BL, positions_BL)[:, 0].argmax(-1).cpu()
-            for row, id in enumerate(next_B.tolist()):
-                if not done[row] and id not in self.end_ids:
-                    replies[row].append(id)
-                    texts[row], done[row] = prompts.sentence(self.tokenizer.decode(replies[row]))
-                else:
-                    done[row] = True
-            if all(done):
-                break
-            ids_BL, positions_BL = next_B[:, None], positions_BL[:, -1:] + 1
-            mask_BL = torch.cat([mask_BL, mask_BL.new_ones(len(encoded), 1)], 1)
+        rows = [self.encode(self.plain(question) + tail + begin, self._before)[0] for question in questions]
+        texts = []
+        for start in range(0, len(rows), batch_size := 1 if self._alone else batch_size):
+            texts += self._write(prefix, rows[start : start + batch_size], max_new_tokens, progress)
         return texts
 
     @torch.inference_mode()
-    def readings(self, explanation, contexts, batch_size):
+    def _write(self, prefix, rows, max_new_tokens, progress):
+        """The sentences that go on from `rows` of ids after `prefix`; a row leaves the batch as it ends."""
+        texts, replies, alive = [""] * len(rows), [[] for _ in rows], list(range(len(rows)))
+        logits_B1V, cache = self._read(rows, [[len(ids) - 1] for ids in rows], prefix)
+        fill_B = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
+        if cache is not None:
+            _to_the_front(cache, fill_B)
+        for _ in range(max_new_tokens):
+            keep = []
+            for place, id in enumerate(logits_B1V[:, 0].argmax(-1).tolist()):
+                row, ended = alive[place], True
+                if id not in self.end_ids:
+                    replies[row].append(id)
+                    texts[row], ended = prompts.sentence(self.tokenizer.decode(replies[row]))
+                if not ended:
+                    keep.append(place)
+                elif progress:
+                    progress(1)
+            alive = [alive[place] for place in keep]
+            if not alive:
+                return texts
+            if cache is None:
+                going_on = [rows[row] + replies[row] for row in alive]
+                logits_B1V, _ = self._read(going_on, [[len(ids) - 1] for ids in going_on], prefix)
+                continue
+            if len(keep) < len(fill_B):
+                cache.batch_select_indices(torch.tensor(keep, device=self.device))
+                fill_B = fill_B[keep]
+            ids_B1, at_B1 = torch.tensor([replies[row][-1:] for row in alive]), torch.zeros(len(alive), 1)
+            logits_B1V = self._logits(ids_B1, at_B1.long(), cache, fill_B)
+        if progress:
+            progress(len(alive))
+        return texts
+
+    @torch.inference_mode()
+    def readings(self, explanation, contexts, batch_size, progress=None):
         """log p of each digit after each token of `contexts`, given `explanation`: [C, T, 10] float32, cpu.
 
         `contexts`: C lists of T visible tokens. One forward pass reads them all; the earlier tokens' numbers
         are written as 0, so nothing has to be generated.
         """
-        prefix = self.prefix(explanation + self.simulate_tail, self.simulate_prefix)
-        parts = []
+        head, tail = self._chat_prefix(prompts.simulate_messages)
+        prefix = self.prefix(self.plain(explanation) + tail, head)
+        parts, batch_size = [], 1 if self._alone else batch_size
         for start in range(0, len(contexts), batch_size):
-            encoded = [self._lines(tokens) for tokens in contexts[start : start + batch_size]]
-            length = max(len(ids) for ids, _ in encoded)
-            # Padding stands behind the text, where a causal model does not see it.
-            ids_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in encoded])
-            at_BT = torch.tensor([before for _, before in encoded])
-            logits_BTV = self._logits(ids_BL, prefix.repeated(len(encoded)), at_BT)
-            parts.append(logits_BTV[..., self.digit_ids].float().log_softmax(-1).cpu())
-            if not parts[-1].isfinite().all():
-                raise InputError("finite logits needed, the interpreter gave others: try --dtype bfloat16")
+            rows, at = zip(*map(self._lines, contexts[start : start + batch_size]), strict=True)
+            logits_BTV, _ = self._read(rows, at, prefix)
+            parts.append(_log_p(logits_BTV[..., self.digit_ids]))
+            if progress:
+                progress(len(rows))
         return torch.cat(parts)
 
+    @torch.inference_mode()
+    def next_token(self, texts, batch_size=16, progress=None):
+        """log p of what comes next after each text (as `chat` makes them): [B, V] float32, cpu."""
+        rows, parts = [self.encode(text)[0] for text in texts], []
+        for start in range(0, len(rows), batch_size := 1 if self._alone else batch_size):
+            batch = rows[start : start + batch_size]
+            logits_B1V, _ = self._read(batch, [[len(ids) - 1] for ids in batch])
+            parts.append(_log_p(logits_B1V[:, 0]))
+            if progress:
+                progress(len(batch))
+        return torch.cat(parts)
+
+    def yes(self, texts, batch_size=16, progress=None):
+        """Log odds of a reply that begins with yes against one with no, after each text: [B] float32, cpu."""
+        odds = []
+        for word in ("yes", "no"):
+            spelt = (space + form for space in ("", " ") for form in (word, word.title(), word.upper()))
+            odds.append(sorted({self.encode(each, self._before)[0][0] for each in spelt}))
+        log_p_BV = self.next_token(texts, batch_size, progress)
+        return log_p_BV[:, odds[0]].logsumexp(-1) - log_p_BV[:, odds[1]].logsumexp(-1)
+
     def encode(self, text, before=""):
-        """(ids, spans in the text) of a text that stands behind `before`."""
-        coded = self.tokenizer(before + text, add_special_tokens=False, return_offsets_mapping=True)
-        pairs = zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-        skip = len(before)
-        pairs = [(id, (start - skip, end - skip)) for id, (start, end) in pairs if not skip or end > skip]
-        return [id for id, _ in pairs], [span for _, span in pairs]
+        """(ids, spans in the text) of a text that stands behind `before`; each CUT is left out."""
+        ids, spans, at = [], [], 0
+        for piece in text.split(CUT):
+            coded = self.tokenizer(before + piece, add_special_tokens=False, return_offsets_mapping=True)
+            skip = len(before)
+            for id, (start, end) in zip(coded["input_ids"], coded["offset_mapping"], strict=True):
+                if not skip or end > skip:
+                    ids.append(id)
+                    spans.append((at + start - skip, at + end - skip))
+            at, before = at + len(piece), self._before
+        return ids, spans
+
+    def _chat_prefix(self, messages_about):
+        """(Prefix of what comes before the question, the text after it) of such chats."""
+        head, tail = split_chat(self.tokenizer, messages_about)
+        if head not in self._prefixes:
+            self._prefixes[head] = self.prefix(head)
+        return self._prefixes[head], tail
 
     def _lines(self, tokens):
         """Ids of `token<tab>0` lines, and for each line the position whose logits predict its number."""
         text = prompts.lines(tokens, [self.earlier] * len(tokens))
-        ids, spans = self.encode(text, self._before)
+        ids, spans = self.encode(self.plain(text), self._before)
         starts = {start: place for place, (start, end) in enumerate(spans) if end > start}
         ends, at = [], 0
         for token in tokens:
             ends.append(at + len(token) + 1)
             at = ends[-1] + len(self.earlier) + 1
-        missing = [place for place in ends if place not in starts]
-        if missing:
+        if any(place not in starts for place in ends):
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
         return ids, [starts[place] - 1 for place in ends]
 
-    def _logits(self, ids_BL, cache, at_BT, mask_BL=None, positions_BL=None):
-        """Logits [B, T, V] at the positions `at_BT` alone; `cache` grows by the L tokens."""
-        length = cache.get_seq_length() + ids_BL.shape[1]
+    def _read(self, rows, at, prefix=None):
+        """Logits [B, T, V] at the places `at` of rows of ids that follow `prefix`, and the cache of all."""
+        cache, skip = None, 0
+        if prefix and prefix.cache is not None:
+            cache = prefix.shared(len(rows)) if prefix.ids else prefix.cache
+        elif prefix:
+            rows, skip = [prefix.ids + ids for ids in rows], len(prefix.ids)
+        length = max(map(len, rows))
+        # Filling stands behind a text, where a causal model does not see it.
+        ids_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
+        return self._logits(ids_BL, torch.tensor(at) + skip, cache), cache
+
+    def _logits(self, ids_BL, at_BT, cache=None, fill_B=None):
+        """Logits at the positions `at_BT` alone; `cache` grows by the L tokens.
+
+        `fill_B`: how many places at the front of each row of the cache are filling.
+        """
+        length = (0 if cache is None else cache.get_seq_length()) + ids_BL.shape[1]
         if self.positions and length > self.positions:
             raise InputError(
                 f"an interpreter that reads {length} tokens needed, this one reads {self.positions}: fewer "
                 "--num_interpretation_samples or shorter contexts may fit"
             )
+        inputs = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
+        if fill_B is not None:
+            seen_BS = (torch.arange(length) >= fill_B[:, None]).long().to(self.device)
+            inputs["attention_mask"] = seen_BS
+            if self._takes_positions:
+                inputs["position_ids"] = (seen_BS.cumsum(1) - 1)[:, -ids_BL.shape[1] :]
         at_BT = at_BT.to(self.device)
 
         def select(_head, inputs):
@@ -148,15 +234,38 @@ class Interpreter:
 
         handle = self.head.register_forward_pre_hook(select)
         try:
-            return self.model(
-                input_ids=ids_BL.to(self.device),
-                attention_mask=None if mask_BL is None else mask_BL.to(self.device),
-                position_ids=None if positions_BL is None else positions_BL.to(self.device),
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
+            return self.model(input_ids=ids_BL.to(self.device), **inputs).logits
         finally:
             handle.remove()
+
+
+def _to_the_front(cache, fill_B):
+    """Move each row's filling from behind its text to the front: what is added then follows the text."""
+    for layer in cache.layers:
+        place_S = torch.arange(layer.keys.shape[2], device=layer.keys.device)
+        from_BS = (place_S - fill_B.to(place_S)[:, None]) % len(place_S)
+        layer.keys, layer.values = (
+            kv.gather(2, from_BS[:, None, :, None].expand_as(kv)) for kv in (layer.keys, layer.values)
+        )
+
+
+def _log_p(logits):
+    log_p = logits.float().log_softmax(-1).cpu()
+    if not log_p.isfinite().all():
+        raise InputError("finite logits needed, the interpreter gave others: try --dtype bfloat16")
+    return log_p
+
+
+def _keeps_keys_and_values(model):
+    """Whether all that later tokens need of earlier ones is their keys and values."""
+    usual = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
+    return usual and not getattr(model, "_is_stateful", True) and not _rotates_by_length(model.config)
+
+
+def _rotates_by_length(config):
+    """Whether positions are turned by an angle that depends on how long the (longest) text is."""
+    rope = str(getattr(config.get_text_config(), "rope_parameters", None))
+    return re.search(r"'(dynamic|longrope)'", rope) is not None
 
 
 def digit_ids(tokenizer):

@@ -121,47 +121,6 @@ def _shot(shot, top):
     return tokens, [round(int(number) * top / SIMULATE_TOP) for number in numbers]
 
 
-def chat(tokenizer, messages):
-    """The messages as the text that the model continues, in its chat format (Llama 2's where it has none).
-
-    A template that knows no system role gets that text at the head of the first user turn.
-    """
-    system, first, *rest = messages
-    merged = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-    if tokenizer.chat_template is None:
-        return llama_chat(messages, tokenizer.bos_token or "", tokenizer.eos_token or "")
-    from jinja2.exceptions import TemplateError
-
-    options = {"tokenize": False, "add_generation_prompt": True}
-    try:
-        return tokenizer.apply_chat_template(messages, **options)
-    except TemplateError:
-        return tokenizer.apply_chat_template(merged, **options)
-
-
-def llama_chat(messages, bos="<s>", eos="</s>"):
-    """The `[INST] <<SYS>>` form of Llama 2 and CodeLlama: system, then user and assistant in turn."""
-    system, *turns = messages
-    text = ""
-    for number, turn in enumerate(turns):
-        content = turn["content"].strip()
-        if number == 0:
-            content = f"<<SYS>>\n{system['content'].strip()}\n<</SYS>>\n\n{content}"
-        text += f"{bos}[INST] {content} [/INST]" if turn["role"] == "user" else f" {content} {eos}"
-    return text
-
-
-def split_chat(tokenizer, messages_about):
-    """The text before and after what `messages_about(what)` puts last: (same for every `what`, the rest).
-
-    A reply begins after white space, as those of the few-shot part do.
-    """
-    mark = "\x00what\x00"
-    head, found, tail = chat(tokenizer, messages_about(mark)).rpartition(mark)
-    assert found, "the chat template dropped the question"
-    return head, tail if tail[-1:].isspace() else f"{tail} "
-
-
 def sentence(reply):
     """The first sentence of a reply without its full stop, and whether the reply reached its end."""
     end = re.search(r"(?<!e\.g)(?<!i\.e)[.!?]+[\"'`)]*\s|\n", reply.lstrip())

@@ -82,48 +82,6 @@ def test_what_fires_is_listed_again_where_it_is_less_than_a_fifth():
     assert two.count("<start>") == 3 and two.endswith("strongest first:\n<start>\n·c\t7\n<end>\n")
 
 
-def test_the_chat_template_of_the_interpreter_is_used(tokenizer):
-    text = prompts.chat(
-        tokenizer, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    )
-    assert text == (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    )
-
-
-def test_a_template_without_a_system_role_gets_it_in_the_first_turn(smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.chat_template = (
-        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}"
-    )
-    text = prompts.chat(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
-    assert text == "[user]S\n\nU"
-
-
-def test_without_a_template_the_llama_form_is_used(smollm2):
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    tokenizer.chat_template = None
-    messages = [
-        {"role": "system", "content": "S"},
-        {"role": "user", "content": "U1"},
-        {"role": "assistant", "content": "A1"},
-        {"role": "user", "content": "U2"},
-    ]
-    bos, eos = tokenizer.bos_token, tokenizer.eos_token
-    assert prompts.chat(tokenizer, messages) == (
-        f"{bos}[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST] A1 {eos}{bos}[INST] U2 [/INST]"
-    )
-    assert prompts.llama_chat(messages[:2]) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST]"
-
-
-def test_what_a_prompt_is_about_stands_between_head_and_tail(tokenizer):
-    head, tail = prompts.split_chat(tokenizer, prompts.simulate_messages)
-    whole = prompts.chat(tokenizer, prompts.simulate_messages("the keyword import"))
-    assert head + "the keyword import" + tail == whole
-    assert head.endswith(f"{prompts.REPLY}:\n") and "import:" not in head and "·import\t9\n" in head
-
-
 def test_the_few_shot_examples_are_lines_with_a_number():
     for messages, top in ((prompts.explain_messages("?"), 10), (prompts.simulate_messages("?"), 9)):
         for message in messages[1:-1]:
