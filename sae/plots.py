@@ -31,23 +31,26 @@ def loss_curves(path, metrics, title):
     tokens = np.array([line["tokens"] for line in logs])
     names = {"loss": "loss", "mse": "squared error", "l1": "l1 x sum of activations"}
     for name, label in names.items():
-        axes[0].plot(tokens, [line[name] for line in logs], label=label)
-    axes[1].plot(tokens, [line["l0"] for line in logs], label="L0, training")
+        axes[0].plot(tokens, np.array([line[name] for line in logs]), label=label)
+    axes[1].plot(tokens, np.array([line["l0"] for line in logs]), label="L0, training")
     held_out = np.array([line["tokens"] for line in checkpoints])
-    axes[1].plot(held_out, [line["l0"] for line in checkpoints], "o", label="L0, held out")
+    axes[1].plot(held_out, np.array([line["l0"] for line in checkpoints]), "o", label="L0, held out")
     for name in ("explained_variance", "loss_recovered", "dead_share"):
         values = [np.nan if line[name] is None else line[name] for line in checkpoints]
         axes[2].plot(held_out, values, "o-", label=name.replace("_", " "))
     for name, label in {"ce": "as it is", "ce_sae": "with the autoencoder", "ce_zero": "with zeros"}.items():
         axes[3].plot(held_out, [line[name] for line in checkpoints], "o-", label=label)
-    for event in (line for line in metrics if line["event"] == "resample"):
-        for row in axes:
-            row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
-    axes[0].set(title=title, ylabel="per token", yscale="log")
-    axes[1].set(ylabel="features per token", yscale="log")
+    axes[0].set(title=title, ylabel="per token")
+    axes[1].set(ylabel="features per token")
+    for row in axes[:2]:
+        # A log axis with nothing on it draws no line either.
+        if any((line.get_ydata() > 0).any() for line in row.lines):
+            row.set_yscale("log")
     axes[2].set(ylabel="share, held out", ylim=(-0.05, 1.05))
     axes[3].set(ylabel="cross-entropy, held out", xlabel="training tokens")
     for row in axes:
+        for event in (line for line in metrics if line["event"] == "resample"):
+            row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
         row.legend(frameon=False)
     _save(path, figure)
 

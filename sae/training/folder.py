@@ -3,10 +3,9 @@
 import fcntl
 import json
 import os
+import sys
 import time
 from pathlib import Path
-
-import torch
 
 from sae import InputError
 from sae.artifacts import load_pt, save_pt
@@ -48,6 +47,8 @@ class RunFolder:
         except BlockingIOError:
             raise InputError(f"a --save_path of its own needed, another run is writing {path}") from None
         self._saved = self._check_saved() if resume and started else None
+        for partial in self.path.rglob(".*.partial"):  # what a kill in the middle of writing left
+            partial.unlink()
 
     def _check_saved(self):
         saved = _load_resume(self.path / "resume.pt")
@@ -70,8 +71,6 @@ class RunFolder:
 
     def start(self, trainer):
         """Put the trainer where the run stopped, or keep its beginning: from here on a kill loses nothing."""
-        for partial in self.path.rglob(".*.partial"):  # what a kill in the middle of writing left
-            partial.unlink()
         # Lines that were written after resume.pt: their steps are trained again.
         self._handle.truncate(self._saved["metrics_bytes"] if self._saved else 0)
         if self._saved:
@@ -100,19 +99,22 @@ class RunFolder:
         self.saved_at = time.monotonic()
 
     def save_checkpoint(self, trainer, figures):
-        """`<trained_batches>.pt`, a metrics line, plots; resume.pt last: a kill between repeats all."""
+        """`<trained_batches>.pt`, a metrics line, resume.pt (a kill before it repeats all), pictures."""
         trainer.finite_losses()
         batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
-        log10_frequency = trainer.take_log10_frequency()
-        config = self.config | {"trained_batches": batch, "trained_tokens": tokens}
+        log10_frequency, rows = trainer.log10_frequency(self.config["batch_size_autoencoder"])
+        figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
+        config = self.config | {"trained_batches": batch, "trained_tokens": tokens, "frequency_tokens": rows}
         save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
-        dead_share = torch.isinf(log10_frequency).float().mean().item()
-        event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures, "dead_share": dead_share}
+        event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures}
         self.append([event])
-        title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
-        frequency_histogram(self.path / "images" / f"{batch}.png", log10_frequency, title)
-        loss_curves(self.path / "images" / "loss_curves.png", self.metrics(), title)
         self.save_resume(trainer)
+        title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
+        try:
+            frequency_histogram(self.path / "images" / f"{batch}.png", log10_frequency, title)
+            loss_curves(self.path / "images" / "loss_curves.png", self.metrics(), title)
+        except Exception as err:  # whatever ails a picture, the run goes on
+            print(f"\nno picture of batch {batch}: {type(err).__name__}: {err}", file=sys.stderr)
         return event
 
 

@@ -14,6 +14,8 @@ from sae.training import resampling
 
 LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
 DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
+FREQUENCY_TOKENS = 2**20  # about the latest so many tokens a checkpoint's frequencies are over
+FREQUENCY_BLOCKS = 8  # they are counted in blocks of batches, the oldest of which is dropped for a new one
 MEDIAN_ROWS = 8192  # of the first buffer: b_dec starts at their geometric median
 
 
@@ -32,20 +34,21 @@ class Trainer:
     """The autoencoder, Adam, and the counters: all that changes from step to step.
 
     l1_coefficient weighs the sum of a row's activations. matmul_dtype is what the matrix products run in;
-    weights, moments, losses and the sums over rows are float32.
+    weights, moments, losses and the sums over rows are float32. frequency_block: batches counted together.
     """
 
-    def __init__(self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32):
+    def __init__(
+        self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32, frequency_block=512
+    ):
         self.autoencoder, self.l1_coefficient, self.dtype = autoencoder, l1_coefficient, matmul_dtype
         self.optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate, fused=True)
         for parameter in autoencoder.parameters():
             parameter.grad = torch.zeros_like(parameter)
         device, features = autoencoder.b_enc.device, len(autoencoder.b_enc)
-        self.batch = 0
-        # Rows since the last checkpoint.
-        self.fired_F = torch.zeros(features, dtype=torch.int64, device=device)
+        self.batch, self.frequency_block = 0, frequency_block
+        # On how many rows each feature fired, a line for each of the latest R blocks of batches.
+        self.fired_RF = torch.zeros(FREQUENCY_BLOCKS + 1, features, dtype=torch.int32, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
-        self.rows_since_checkpoint = 0
         self.losses = []  # per batch since the last log line: [squared error, l1, L0] per row, on the device
         block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
         self._blocks = [slice(start, start + block) for start in range(0, features, block)]
@@ -63,10 +66,11 @@ class Trainer:
         f_NF, squared_error, l1 = self._gradients(self._inputs(x_ND))
         self._update()
         fired_F = f_NF.sign().sum(0, dtype=torch.float32).long()
-        self.fired_F += fired_F
+        block, within = divmod(self.batch, self.frequency_block)
+        line_F = self.fired_RF[block % len(self.fired_RF)]
+        line_F.mul_(within > 0).add_(fired_F)
         self.silent_F = torch.where(fired_F > 0, 0, self.silent_F + 1)
         self.losses.append(torch.stack([squared_error, l1, fired_F.sum() / len(x_ND)]))
-        self.rows_since_checkpoint += len(x_ND)
         self.batch += 1
 
     def _forward(self, x_ND):
@@ -166,12 +170,11 @@ class Trainer:
         dead = int((self.silent_F >= min(DEAD_WINDOW, self.batch)).sum())
         return {"loss": mse + l1, "mse": mse, "l1": l1, "l0": l0, "dead": dead}
 
-    def take_log10_frequency(self):
-        """log10 of the share of rows each feature fired on since the last call: [F], -inf where on none."""
-        frequency_F = torch.log10(self.fired_F.double() / max(1, self.rows_since_checkpoint)).float().cpu()
-        self.fired_F.zero_()
-        self.rows_since_checkpoint = 0
-        return frequency_F
+    def log10_frequency(self, batch_size):
+        """log10 of the share of the last N rows each feature fired on: [F], -inf where on none; and N."""
+        latest = FREQUENCY_BLOCKS * self.frequency_block + (self.batch - 1) % self.frequency_block + 1
+        rows = min(self.batch, latest) * batch_size
+        return torch.log10(self.fired_RF.sum(0).double() / rows).float().cpu(), rows
 
     def state(self):
         """All of it as plain values and tensors; `restore` is its mirror."""
@@ -185,7 +188,7 @@ class Trainer:
     def restore(self, state):
         self.autoencoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["adam"])
-        device = self.fired_F.device
+        device = self.silent_F.device
         for name in _COUNTERS:
             value = state[name]
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
@@ -193,7 +196,7 @@ class Trainer:
         self._refresh()
 
 
-_COUNTERS = ("batch", "fired_F", "silent_F", "rows_since_checkpoint")
+_COUNTERS = ("batch", "fired_RF", "silent_F")
 
 
 def new_trainer(config, device, matmul_dtype):
@@ -201,7 +204,10 @@ def new_trainer(config, device, matmul_dtype):
     rng = torch.Generator().manual_seed(config["seed"])
     sizes = config["act_vec_size"], config["dict_vec_size"]
     autoencoder = Autoencoder(*sizes, config["normalize_dataset"], rng, device)
-    return Trainer(autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype)
+    # Of a short run not more than its second half: the first batches fire like nothing that comes later.
+    window = min(FREQUENCY_TOKENS // config["batch_size_autoencoder"], config["num_batches"] // 2)
+    block = max(1, window // FREQUENCY_BLOCKS)
+    return Trainer(autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype, block)
 
 
 class Resampling(NamedTuple):
@@ -221,17 +227,17 @@ class Resampling(NamedTuple):
 def train(trainer, buffer, num_batches, plan, seed):
     """Train up to batch `num_batches`; yields after every step the list of its events (mostly empty).
 
-    Events are dicts with `event` (log, resample) and `batch`. plan: a Resampling or None.
+    Events are dicts with `event` (log, resample) and `batch`. plan: a Resampling or None. Features are
+    revived at the beginning of a step, so whatever is saved after a step was trained; and not where less than
+    an interval is left for them to recover.
     """
     for x_ND in buffer.batches(first=trainer.batch):
+        events = []
         if trainer.batch == 0:
             trainer.start_at_median(buffer, seed)
+        elif plan and trainer.batch % plan.interval == 0 and trainer.batch + plan.interval <= num_batches:
+            events.append({"batch": trainer.batch} | trainer.resample(plan, seed, buffer))
         trainer.step(x_ND)
-        events, last = [], trainer.batch == num_batches
-        if last or trainer.batch % LOG_INTERVAL == 0:
-            events.append({"event": "log", **trainer.log_line()})
-        # Not after the last step: what is revived then would be saved untrained.
-        if plan and trainer.batch % plan.interval == 0 and not last:
-            events.append(trainer.resample(plan, seed, buffer))
-        where = {"batch": trainer.batch, "tokens": trainer.batch * len(x_ND)}
-        yield [where | event for event in events]
+        if trainer.batch == num_batches or trainer.batch % LOG_INTERVAL == 0:
+            events.append({"batch": trainer.batch, "event": "log"} | trainer.log_line())
+        yield [{"tokens": event["batch"] * len(x_ND)} | event for event in events]

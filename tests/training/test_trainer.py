@@ -3,10 +3,9 @@ import itertools
 import pytest
 import torch
 
-from sae import InputError
+from sae import InputError, training
 from sae.autoencoder import Autoencoder
 from sae.training.buffer import ShuffleBuffer
-from sae.training.folder import RunFolder
 from sae.training.trainer import Resampling, Trainer, geometric_median, train
 
 L1 = 0.3
@@ -16,7 +15,7 @@ def new_trainer(normalize=False, dtype=torch.float32, rate=1e-2):
     autoencoder = Autoencoder(6, 20, normalize, torch.Generator().manual_seed(0))
     autoencoder.b_enc.data = torch.linspace(-0.2, 0.2, 20)
     autoencoder.b_dec.data = torch.linspace(-1, 1, 6)
-    return Trainer(autoencoder, rate, L1, dtype)
+    return Trainer(autoencoder, rate, L1, dtype, frequency_block=4)
 
 
 def rows(count, seed=1):
@@ -69,8 +68,35 @@ def test_counts_of_what_fired():
         fired_F += (f_NF > 0).sum(0)
         silent_F = torch.where((f_NF > 0).any(0), 0, silent_F + 1)
     assert torch.equal(trainer.silent_F.float(), silent_F)
-    assert torch.equal(trainer.take_log10_frequency(), torch.log10(fired_F / 32))
-    assert torch.isinf(trainer.take_log10_frequency()).all()
+    log10_frequency, tokens = trainer.log10_frequency(8)
+    assert torch.equal(log10_frequency, torch.log10(fired_F / 32))
+    assert tokens == 32
+
+
+def test_frequencies_are_over_the_last_batches_whenever_they_are_asked_for():
+    """Blocks of 3 batches: the latest 8 whole ones, and the batches of the one that has begun."""
+    autoencoder = Autoencoder(6, 20, rng=torch.Generator().manual_seed(0))
+    autoencoder.b_enc.data.fill_(-4.0)
+    trainer = Trainer(autoencoder, 0.1, L1, frequency_block=3)
+    fired = []
+    for step in range(60):
+        x_ND = rows(8, step)
+        fired.append((autoencoder.encode(x_ND) > 0).sum(0))
+        trainer.step(x_ND)
+        log10_frequency, tokens = trainer.log10_frequency(8)
+        latest = min(step + 1, 24 + step % 3 + 1)
+        assert tokens == 8 * latest
+        want_F = torch.log10(torch.stack(fired[-latest:]).sum(0).double() / tokens).float()
+        assert torch.equal(log10_frequency, want_F), step
+    assert (torch.stack(fired).sum(0) > torch.stack(fired[-latest:]).sum(0)).any()
+
+
+def test_the_window_of_frequencies_is_a_million_tokens_or_half_of_a_short_run():
+    config = {"act_vec_size": 4, "dict_vec_size": 8, "normalize_dataset": False, "seed": 0}
+    config |= {"learning_rate": 1, "l1_coefficient": 1}
+    for batch_size, num_batches, block in ((256, 100_000, 512), (1024, 240, 15), (1024, 3, 1)):
+        sizes = {"batch_size_autoencoder": batch_size, "num_batches": num_batches}
+        assert training.new_trainer(config | sizes, "cpu", torch.float32).frequency_block == block
 
 
 def test_geometric_median_ignores_a_huge_row():
@@ -104,6 +130,74 @@ def test_it_runs_exactly_num_batches_and_logs_means():
     assert logs[-1]["loss"] < logs[0]["loss"]
 
 
+def test_the_log_says_means_since_its_last_line_and_who_has_been_silent():
+    """Against sums by hand, at rate 0, so that nothing changes but feature 19: it falls silent at 30."""
+    trainer, seen = new_trainer(rate=0.0), []
+    buffer = ShuffleBuffer(endless(), 16, 130, 30, 0)
+    for events in train(trainer, buffer_with(buffer, seen), 130, None, 0):
+        if trainer.batch == 30:
+            trainer.autoencoder.b_enc.data[19] = -1e4
+        for log in events:
+            ae = trainer.autoencoder
+            weights = [getattr(ae, name).detach() for name in ("W_enc", "b_enc", "W_dec", "b_dec")]
+            wanted = torch.stack([torch.stack(by_the_paper(weights, x_ND)) for x_ND in seen]).mean(0)
+            if log["batch"] > 50:
+                assert torch.allclose(torch.tensor([log["mse"], log["l1"], log["l0"]]), wanted, rtol=1e-4)
+            seen.clear()
+            assert (
+                log["dead"] == 0
+            )  # silent, but not since the beginning: a feature is dead after 1,000 batches
+    trainer.silent_F[:3] = torch.tensor([999, 1000, 1001])
+    trainer.batch = 1200
+    trainer.losses = [torch.ones(3)]
+    assert trainer.log_line()["dead"] == 2
+
+
+def buffer_with(buffer, seen):
+    """The buffer, which also notes what it gives."""
+    give = buffer.batches
+
+    def batches(first):
+        for x_ND in give(first):
+            seen.append(x_ND)
+            yield x_ND
+
+    buffer.batches = batches
+    return buffer
+
+
+def test_features_are_revived_at_the_beginning_of_a_step():
+    """What is saved after step 40 was trained by it, as if nothing were ever revived; the next revives."""
+    runs = {}
+    for plan in (None, Resampling("replacement", 40)):
+        trainer = new_trainer()
+        trainer.autoencoder.b_enc.data[:5] = -1e4
+        runs[plan] = []
+        for events in train(trainer, ShuffleBuffer(endless(), 25, 130, 20, 7), 130, plan, 7):
+            revived = [event["batch"] for event in events if event["event"] == "resample"]
+            runs[plan].append((trainer.autoencoder.W_dec.detach().clone(), revived))
+    without, revived = runs.values()
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(without[:40], revived[:40], strict=True))
+    assert not torch.equal(without[40][0][:5], revived[40][0][:5])
+    # Not at 120: ten batches would not be enough to recover.
+    assert [(step, at) for step, (_, at) in enumerate(revived, 1) if at] == [(41, [40]), (81, [80])]
+
+
+def test_what_was_revived_is_no_longer_called_dead():
+    """60 features that never fire are revived at batch 50; some stay silent in the 50 batches after."""
+    trainer = Trainer(Autoencoder(6, 60), 1e-9, 0.0)
+    trainer.autoencoder.b_enc.data.fill_(-100.0)
+    trainer._refresh()
+    x_ND = torch.ones(1, 6).repeat(1500, 1)
+    buffer = ShuffleBuffer(iter([x_ND]), 10, 150, 150, 0)
+    plan, logs = Resampling("replacement", 50), []
+    for events in train(trainer, buffer, 101, plan, 0):
+        logs += [event for event in events if event["event"] == "log"]
+    assert logs[0]["dead"] == 60
+    assert (trainer.silent_F > 45).any()
+    assert logs[1]["dead"] == 0
+
+
 @pytest.mark.parametrize("plan", [None, Resampling("anthropic", 30)])
 def test_a_loss_that_is_not_finite_names_its_batch(plan):
     """At the next line of the log, or at a resampling before it."""
@@ -114,20 +208,6 @@ def test_a_loss_that_is_not_finite_names_its_batch(plan):
 
     with pytest.raises(InputError, match=r"batch 21 gave (nan|inf)"):
         list(train(new_trainer(), ShuffleBuffer(poisoned(), 50, 60, 1, 0), 60, plan, 0))
-
-
-def test_a_broken_state_is_never_saved(tmp_path):
-    trainer = new_trainer()
-    folder = RunFolder(tmp_path, {"batch_size_autoencoder": 8}, resume=False)
-    trainer.step(rows(8))
-    folder.save_resume(trainer)
-    before = (tmp_path / "resume.pt").read_bytes()
-    trainer.step(torch.full((8, 6), float("nan")))
-    for save in (folder.save_resume, lambda trainer: folder.save_checkpoint(trainer, {})):
-        with pytest.raises(InputError, match="batch 2 gave nan"):
-            save(trainer)
-    assert (tmp_path / "resume.pt").read_bytes() == before
-    assert [path.name for path in tmp_path.glob("*.pt")] == ["resume.pt"]
 
 
 @pytest.mark.parametrize("stop", [3, 57, 90])
@@ -152,6 +232,8 @@ def test_state_restores_to_the_same_bits(stop):
     assert before + after == events
     for name, value in whole.autoencoder.state_dict().items():
         assert torch.equal(value, again.autoencoder.state_dict()[name])
+    assert torch.equal(whole.log10_frequency(25)[0], again.log10_frequency(25)[0])
+    assert torch.equal(whole.silent_F, again.silent_F)
 
 
 def planted(dictionary_GD, count, rng):
