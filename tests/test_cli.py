@@ -1,12 +1,13 @@
 import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
-from conftest import ROOT, assert_refused
+from conftest import ROOT, assert_refused, run_module
 
 from sae import InputError, cli
 
@@ -72,3 +73,29 @@ def test_help_answers_at_once_and_names_every_default(script):
     assert result.returncode == 0
     assert "(default:" in result.stdout
     assert best < 1.0
+
+
+COMMANDS = [path.name for path in ROOT.glob("*.py")] + ["sae.report", "sae.export"]
+# Flags that name a place on disk; a model's name may be one.
+PLACES = r".*_path|.*(?<!text)_name|ssl_cert|explanations|metrics|out|samples|checkpoint"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_for_a_place_knows_the_home_folder(command, monkeypatch):
+    """bash leaves `--save_path=~/x` as it is."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import write_flags
+
+    monkeypatch.setenv("HOME", "/home/me")
+    places = [
+        action for action in write_flags.parser_of(command)._actions if re.fullmatch(PLACES, action.dest)
+    ]
+    assert places
+    for action in places:
+        if (command, action.dest) != ("sae.export", "model_name"):  # a hub name alone
+            assert action.type("~/x") == "/home/me/x", action.dest
+
+
+def test_the_page_is_not_built_where_it_cannot_be_written(tmp_path):
+    result = run_module("sae.report", tmp_path / "none.pt", "--out", tmp_path)
+    assert_refused(result, "--out needs the name of a file", tmp_path, "is a folder")

@@ -39,8 +39,9 @@ def parse_args():
 
 
 def main(args):
-    from sae.artifacts import atomic_write
+    from sae.artifacts import atomic_write, check_writable
 
+    check_writable("--out", args.out)
     page = build(
         args.samples, args.dataset_path, args.explanations, args.autoencoder_path, args.metrics, args.contexts
     )

@@ -7,7 +7,7 @@ import torch
 
 from sae import InputError, cli
 from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
-from sae.artifacts import check_origin
+from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
 from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton
 from sae.samples.look import feature_activations
@@ -66,7 +66,8 @@ def prepare(
         raise InputError(
             f"--log_freq_upper above --log_freq_lower needed, got {log_freq_upper:g} and {log_freq_lower:g}"
         )
-    if Path(save_path).is_dir() or Path(save_path).suffix == ".png":
+    check_writable("--save_path", save_path)
+    if Path(save_path).suffix == ".png":
         raise InputError(f"--save_path needs the name of a file (.pt), got {save_path}")
     llm_device, device = cli.default_devices()
     llm_device = cli.check_device("--target_model_device", target_model_device or llm_device)

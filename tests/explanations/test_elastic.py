@@ -138,6 +138,13 @@ def test_every_form_of_the_key_reaches_the_server(form, elasticsearch_url, tmp_p
         connect(server.address, key)
 
 
+def test_a_key_file_may_lie_in_the_home_folder(elasticsearch_url, tmp_path, monkeypatch):
+    (tmp_path / "key").write_text(KEY)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Proxy(elasticsearch_url, check_key=True) as server:
+        connect(server.address, "@~/key")
+
+
 def test_a_key_file_that_is_not_there_is_an_error_that_names_it(tmp_path):
     with pytest.raises(OSError, match="no-key"):
         connect("localhost", f"@{tmp_path / 'no-key'}")
