@@ -6,6 +6,7 @@ Writes <save_path>/<trained_batches>.pt, images/, metrics.jsonl and resume.pt; s
 command with --resume goes on to the same weights.
 """
 
+import argparse
 import sys
 import time
 
@@ -34,7 +35,17 @@ def parse_args():
     add("--device_llm", help="default: cuda:0, or cpu")
     add("--device_autoencoder", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--learning_rate", type=cli.number(above=0), default=1e-4, help="of Adam")
-    add("--l1_coefficient", type=cli.number(least=0), default=1.0, help="weight of the sum of activations")
+    kinds = ("relu", "topk", "batchtopk", "jumprelu")
+    add("--architecture", choices=kinds, default="relu", help="what keeps the features that fire few")
+    number = cli.number(least=0)
+    add(
+        "--l1_coefficient", type=number, default=1.0, help="weight of the sum of activations, or of target_l0"
+    )
+    add("--k", type=positive, help="topk, batchtopk: features that fire on a token; default: 32")
+    add("--target_l0", type=cli.number(above=0), help="jumprelu: features that fire on a token; default: 32")
+    add("--lr_warmup_batches", type=count, help="learning rate up from 0; default: 5%%, 0 for relu")
+    add("--lr_decay_batches", type=count, help="and down to 0 at the end; default: 20%%, 0 for relu")
+    add("--l1_warmup_batches", type=count, default=0, help="l1_coefficient up from 0")
     add("--act_vec_size", type=positive, help="width of the hookpoint; default: read off it")
     add("--dict_vec_size", type=positive, help="features in the dictionary; default: 4 x act_vec_size")
     add("--batches_between_ckpt", type=count, default=12500, help="training steps; 0: only a last checkpoint")
@@ -43,6 +54,8 @@ def parse_args():
     add("--neuron_resampling_method", choices=methods, help="for dead features; default: off")
     add("--neuron_resampling_interval", type=positive, default=25000, help="training steps between revivals")
     add("--normalize_dataset", action="store_true", help="scale activations to L2 norm sqrt(act_vec_size)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--scale_dataset", action=yes_or_no, help="one factor for all instead; default: yes, no for relu")
     for layer_type, module in HOOKPOINTS.items():
         add(f"--{layer_type}_hookpoint", default=module, metavar="MODULE", help="its module; {} is the layer")
     add("--resume", action="store_true", help="go on with the run in save_path; needs the same flags")

@@ -1,6 +1,13 @@
-"""The autoencoder: its maths, and its checkpoint on disk.
+"""The autoencoder: its maths in four architectures, and its checkpoint on disk.
 
-Bricken et al. 2023, "Towards Monosemanticity", appendix. Dims: N rows, D act_vec_size, F dict_vec_size.
+    relu       f = max(pre, 0)                    Bricken et al. 2023, "Towards Monosemanticity", appendix
+    topk       f = the k largest of max(pre, 0)   Gao et al. 2024, arXiv 2406.04093
+    batchtopk  f = pre where pre > threshold      Bussmann et al. 2024, arXiv 2412.06410
+    jumprelu   f = pre where pre > threshold      Rajamanoharan et al. 2024, arXiv 2407.14435
+
+BatchTopK keeps the k N largest of a batch of N rows while it trains; the threshold that training tracked
+takes their place here, so that a row's features never depend on the other rows.
+Dims: N rows, D act_vec_size, F dict_vec_size.
 """
 
 from typing import NamedTuple
@@ -11,18 +18,23 @@ from torch import nn
 from sae import InputError
 from sae.artifacts import fingerprint, load_pt, save_pt
 
+ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")
 CONFIG_KEYS = ("act_vec_size", "dict_vec_size", "layer_id", "layer_type", "hookpoint", "model_name")
 
 
 class Autoencoder(nn.Module):
-    """ReLU autoencoder with unit-norm dictionary rows: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D].
+    """Autoencoder with unit-norm dictionary rows: W_enc [D, F], b_enc [F], W_dec [F, D], b_dec [D].
 
-    `normalize` scales every row to L2 norm sqrt(D) on the way in and back on the way out.
+    batchtopk and jumprelu have a threshold [F], never negative; topk and batchtopk have a k. `normalize`
+    scales every row to L2 norm sqrt(D) on the way in and back on the way out; `factor` does the same by one
+    number for all rows, and is 1 in whatever was read from a checkpoint.
     """
 
-    def __init__(self, act_vec_size, dict_vec_size, normalize=False, rng=None, device=None):
+    def __init__(
+        self, act_vec_size, dict_vec_size, normalize=False, rng=None, device=None, architecture="relu", k=None
+    ):
         super().__init__()
-        self.normalize = normalize
+        self.normalize, self.factor, self.architecture, self.k = normalize, 1.0, architecture, k
         rows_FD = torch.randn(dict_vec_size, act_vec_size, generator=rng)
         rows_FD = nn.functional.normalize(rows_FD, dim=1).to(device)
         self.W_dec = nn.Parameter(rows_FD)
@@ -30,17 +42,28 @@ class Autoencoder(nn.Module):
         self.W_enc = nn.Parameter(rows_FD.clone().T)
         self.b_enc = nn.Parameter(torch.zeros(dict_vec_size, device=device))
         self.b_dec = nn.Parameter(torch.zeros(act_vec_size, device=device))
+        if architecture in ("batchtopk", "jumprelu"):
+            # Only jumprelu learns it by gradients.
+            self.threshold = nn.Parameter(torch.zeros_like(self.b_enc), architecture == "jumprelu")
 
     def encode(self, x_ND):
-        return torch.relu((x_ND - self.b_dec) @ self.W_enc + self.b_enc)
+        return self.activate((x_ND - self.b_dec) @ self.W_enc + self.b_enc)
+
+    def activate(self, pre_NF):
+        """Pre-activations -> feature activations, each row for itself."""
+        if self.architecture == "topk":
+            kept = pre_NF.topk(self.k, dim=1)
+            return torch.zeros_like(pre_NF).scatter_(1, kept.indices, kept.values.relu())
+        f_NF = torch.relu(pre_NF)
+        return f_NF if self.architecture == "relu" else f_NF * (pre_NF > self.threshold)
 
     def decode(self, f_NF):
         return f_NF @ self.W_dec + self.b_dec
 
     def scale(self, x_ND):
-        """[N, 1]: what each row is multiplied by before encoding; 1 without `normalize`. Zeros stay zeros."""
+        """[N, 1]: what each row is multiplied by before encoding. Zeros stay zeros."""
         if not self.normalize:
-            return torch.ones_like(x_ND[:, :1])
+            return torch.full_like(x_ND[:, :1], self.factor)
         norm_N1 = torch.linalg.vector_norm(x_ND, dim=1, keepdim=True)
         return x_ND.shape[1] ** 0.5 / norm_N1.clamp_min(torch.finfo(x_ND.dtype).tiny ** 0.5)
 
@@ -64,8 +87,15 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path, config, autoencoder, log10_frequency):
-    """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least)."""
+    """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least).
+
+    Readers need not know of a `factor` c: f(c x) = c max((x - b_dec / c) W_enc + b_enc / c, 0), and so the
+    biases and the threshold are divided by it. Activations then are in units of the LLM's.
+    """
     state = {name: value.contiguous().cpu() for name, value in autoencoder.state_dict().items()}
+    if autoencoder.factor != 1:
+        config = config | {"scale_factor": autoencoder.factor}
+        state |= {name: state[name] / autoencoder.factor for name in state if not name.startswith("W_")}
     save_pt(path, {"config": config, "state_dict": state, "log10_frequency": log10_frequency.cpu()})
 
 
@@ -76,8 +106,12 @@ def load_checkpoint(path, device="cpu"):
     missing = [key for key in CONFIG_KEYS if key not in config]
     if missing:
         raise InputError(f"an autoencoder checkpoint needed, the config of {path} lacks {', '.join(missing)}")
+    architecture = config.get("architecture", "relu")
+    if architecture not in ARCHITECTURES:
+        raise InputError(f"architecture {', '.join(ARCHITECTURES)} needed, {path} has {architecture}")
+    sizes = config["act_vec_size"], config["dict_vec_size"]
     autoencoder = Autoencoder(
-        config["act_vec_size"], config["dict_vec_size"], config.get("normalize_dataset", False), device=device
+        *sizes, config.get("normalize_dataset", False), None, device, architecture, config.get("k")
     )
     try:
         autoencoder.load_state_dict(state)

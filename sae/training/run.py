@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sae import InputError, __version__, activations, cli, models
 from sae.tokens import open_dataset, read_contexts
+from sae.training import steps
 from sae.training.buffer import ShuffleBuffer, llm_batches
 from sae.training.evaluation import SLICE, evaluate, split_held_out
 from sae.training.folder import RunFolder, bar_figures, saved_preload
@@ -98,15 +99,16 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
         )
     num_batches = flags["num_batches"] or epoch_batches
     preload = flags["num_batches_preload"] and min(flags["num_batches_preload"], num_batches)
+    dict_vec_size = flags["dict_vec_size"] or 4 * act_vec_size
     return config | {
         "num_batches": num_batches, "epoch_batches": epoch_batches,
         "num_batches_preload": preload, "training_contexts": training_contexts, "act_vec_size": act_vec_size,
-        "dict_vec_size": flags["dict_vec_size"] or 4 * act_vec_size, "architecture": "relu",
-        "hookpoint": hookpoint, "dtype_llm": str(dtype_llm).removeprefix("torch."),
+        "dict_vec_size": dict_vec_size, "hookpoint": hookpoint,
+        "dtype_llm": str(dtype_llm).removeprefix("torch."),
         "model_fingerprint": models.model_fingerprint(flags["model_name"]),
         "dataset_fingerprint": info["fingerprint"], "tokenizer_name": info["tokenizer_name"],
         "min_tokens": info["min_tokens"], "suite_version": __version__,
-    }  # fmt: skip
+    } | steps.settings(flags, num_batches, dict_vec_size)  # fmt: skip
 
 
 def plan_memory(config, skeleton, llm, autoencoder):

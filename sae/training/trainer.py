@@ -10,13 +10,14 @@ import torch
 
 from sae import InputError
 from sae.autoencoder import Autoencoder
-from sae.training import resampling
+from sae.training import resampling, steps
 
 LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
 DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
 FREQUENCY_TOKENS = 2**20  # about the latest so many tokens a checkpoint's frequencies are over
 FREQUENCY_BLOCKS = 8  # they are counted in blocks of batches, the oldest of which is dropped for a new one
-MEDIAN_ROWS = 8192  # of the first buffer: b_dec starts at their geometric median
+FIRST_ROWS = 8192  # of the first buffer that decide how a run starts
+AUX_WINDOW = 100  # batches without firing after which AuxK takes care of a feature
 
 
 def geometric_median(x_ND, steps=100, tolerance=1e-6):
@@ -33,102 +34,106 @@ def geometric_median(x_ND, steps=100, tolerance=1e-6):
 class Trainer:
     """The autoencoder, Adam, and the counters: all that changes from step to step.
 
-    l1_coefficient weighs the sum of a row's activations. matmul_dtype is what the matrix products run in;
-    weights, moments, losses and the sums over rows are float32. frequency_block: batches counted together.
+    l1_coefficient weighs the penalty (see steps); target_l0 is what jumprelu aims at. matmul_dtype is what
+    dense products run in; weights, moments, losses and the sums over rows are float32. scale_dataset: one
+    factor for all rows brings their mean norm to sqrt(D). auxk: features silent for AUX_WINDOW batches are
+    trained on what the others leave. frequency_block: batches counted together.
     """
 
     def __init__(
-        self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32, frequency_block=512
-    ):
+        self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32, *,
+        schedule=steps.CONSTANT, target_l0=None, scale_dataset=False, auxk=False,
+        frequency_block=512,
+    ):  # fmt: skip
         self.autoencoder, self.l1_coefficient, self.dtype = autoencoder, l1_coefficient, matmul_dtype
-        self.optimizer = torch.optim.Adam(autoencoder.parameters(), lr=learning_rate, fused=True)
-        for parameter in autoencoder.parameters():
+        self.learning_rate, self.schedule, self.target_l0 = learning_rate, schedule, target_l0
+        self.scale_dataset, self.auxk = scale_dataset, auxk
+        self.trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.Adam(self.trained, lr=learning_rate, fused=True)
+        for parameter in self.trained:
             parameter.grad = torch.zeros_like(parameter)
         device, features = autoencoder.b_enc.device, len(autoencoder.b_enc)
         self.batch, self.frequency_block = 0, frequency_block
         # On how many rows each feature fired, a line for each of the latest R blocks of batches.
         self.fired_RF = torch.zeros(FREQUENCY_BLOCKS + 1, features, dtype=torch.int32, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
-        self.losses = []  # per batch since the last log line: [squared error, l1, L0] per row, on the device
+        self.losses = []  # per batch since the last log line: [squared error, penalty, L0] per row
         block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
         self._blocks = [slice(start, start + block) for start in range(0, features, block)]
         self._refresh()
 
     @torch.no_grad()
     def _refresh(self):
-        """Copies of the weights for the products, feature-major; the weights themselves in float32."""
-        self._W_enc_FD = self.autoencoder.W_enc.data.T.to(self.dtype)
-        self._W_dec_FD = self.autoencoder.W_dec.data.to(self.dtype)
+        self._copies = steps.copies(self.autoencoder, self.dtype)
 
     @torch.no_grad()
     def step(self, x_ND):
         """Train on one batch of LLM activations (any float dtype)."""
-        f_NF, squared_error, l1 = self._gradients(self._inputs(x_ND))
+        ae, x_ND = self.autoencoder, self._inputs(x_ND)
+        dead_K = (self.silent_F >= AUX_WINDOW).nonzero()[:, 0] if self.auxk else ()
+        weight = self.l1_coefficient * self.schedule.penalty(self.batch)
+        found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, dead_K)
+        if ae.architecture == "batchtopk":
+            # A running mean of the smallest value kept, at first over all batches.
+            share = max(steps.THRESHOLD_SHARE, 1 / (self.batch + 1))
+            ae.threshold.lerp_(found.cut.float().expand_as(ae.threshold), share)
         self._update()
-        fired_F = f_NF.sign().sum(0, dtype=torch.float32).long()
         block, within = divmod(self.batch, self.frequency_block)
         line_F = self.fired_RF[block % len(self.fired_RF)]
-        line_F.mul_(within > 0).add_(fired_F)
-        self.silent_F = torch.where(fired_F > 0, 0, self.silent_F + 1)
-        self.losses.append(torch.stack([squared_error, l1, fired_F.sum() / len(x_ND)]))
+        line_F.mul_(within > 0).add_(found.fired_F)
+        self.silent_F = torch.where(found.fired_F > 0, 0, self.silent_F + 1)
+        squared_error = found.error_ND.square().sum() / len(x_ND)
+        self.losses.append(torch.stack([squared_error, found.penalty, found.fired_F.sum() / len(x_ND)]))
         self.batch += 1
-
-    def _forward(self, x_ND):
-        """x - b_dec [N, D], f [N, F] and x' - x [N, D]; the products run in `dtype`."""
-        ae = self.autoencoder
-        centred_ND = (x_ND - ae.b_dec).to(self.dtype)
-        f_NF = torch.addmm(ae.b_enc.to(self.dtype), centred_ND, self._W_enc_FD.T).relu_()
-        return centred_ND, f_NF, (f_NF @ self._W_dec_FD).float().add_(ae.b_dec).sub_(x_ND)
-
-    def _gradients(self, x_ND):
-        """Fill the gradients of  mean_N ||x - x'||^2 + l1 sum_F f;  returns f [N, F] and the two terms.
-
-        Written out: autograd would also make the gradient of x, a sixth matrix product of this size.
-        """
-        ae, count = self.autoencoder, len(x_ND)
-        centred_ND, f_NF, error_ND = self._forward(x_ND)
-        l1 = self.l1_coefficient * f_NF.sum(dtype=torch.float32) / count
-        squared_error = error_ND.square().sum() / count
-
-        g_ND = (error_ND * (2 / count)).to(self.dtype)  # of the reconstruction
-        g_NF = (g_ND @ self._W_dec_FD.T).add_(self.l1_coefficient / count)
-        g_NF = torch.ops.aten.threshold_backward(g_NF, f_NF, 0)  # of what the ReLU lets through
-        self._g_dec_FD, self._g_enc_FD = f_NF.T @ g_ND, g_NF.T @ centred_ND
-        ae.b_enc.grad.copy_(g_NF.sum(0, dtype=torch.float32))
-        # b_dec is added to the reconstruction and taken from the input.
-        ae.b_dec.grad.copy_(g_ND.sum(0, dtype=torch.float32) - ae.W_enc @ ae.b_enc.grad)
-        return f_NF, squared_error, l1
 
     def _update(self):
         """Adam, on gradients that leave the rows of W_dec at unit norm; then make the norm exact."""
-        W_dec_FD, W_enc_FD = self.autoencoder.W_dec.data, self.autoencoder.W_enc.data.T
-        grad_dec_FD, grad_enc_FD = self.autoencoder.W_dec.grad, self.autoencoder.W_enc.grad.T
+        ae = self.autoencoder
+        if ae.architecture in ("topk", "batchtopk"):
+            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         for rows in self._blocks:
-            grad, unit = grad_dec_FD[rows].copy_(self._g_dec_FD[rows]), W_dec_FD[rows]
+            grad, unit = ae.W_dec.grad[rows], ae.W_dec[rows]
             grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1)
-            grad_enc_FD[rows].copy_(self._g_enc_FD[rows])
+        self.optimizer.param_groups[0]["lr"] = self.learning_rate * self.schedule.learning_rate(self.batch)
         self.optimizer.step()
         for rows in self._blocks:
-            unit = W_dec_FD[rows]
+            unit = ae.W_dec[rows]
             unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True))
-            self._W_dec_FD[rows].copy_(unit)
-            self._W_enc_FD[rows].copy_(W_enc_FD[rows])
+            self._copies.W_dec_FD[rows].copy_(unit)
+            self._copies.W_enc_FD[rows].copy_(ae.W_enc.T[rows])
+        if ae.architecture == "jumprelu":
+            ae.threshold.clamp_(min=0)
 
     def _inputs(self, rows_ND):
-        """Activations as the encoder sees them: float32, scaled where the autoencoder normalises."""
-        x_ND = rows_ND.to(self.autoencoder.b_dec)
-        return x_ND * self.autoencoder.scale(x_ND) if self.autoencoder.normalize else x_ND
+        """Activations as the encoder sees them: float32, scaled."""
+        x_ND, ae = rows_ND.to(self.autoencoder.b_dec), self.autoencoder
+        return x_ND * ae.scale(x_ND) if ae.normalize or ae.factor != 1 else x_ND
 
     def _row_losses(self, rows_ND):
-        """||x - x'||^2 + l1 sum_F f of each row: [N]."""
-        _centred, f_NF, error_ND = self._forward(self._inputs(rows_ND))
-        return error_ND.square().sum(1) + self.l1_coefficient * f_NF.sum(1, dtype=torch.float32)
+        """||x - x'||^2 of each row, and for relu l1 sum f: [N]."""
+        x_ND = self._inputs(rows_ND)
+        f_NF = steps.encode(self.autoencoder, self._copies, x_ND).features()
+        loss_N = steps.reconstruct(self.autoencoder, self._copies, x_ND, f_NF).square().sum(1)
+        if self.autoencoder.architecture == "relu":
+            loss_N += self.l1_coefficient * f_NF.sum(1, dtype=torch.float32)
+        return loss_N
 
     @torch.no_grad()
-    def start_at_median(self, buffer, seed):
-        """b_dec starts at the geometric median of (up to MEDIAN_ROWS rows of) the first buffer."""
-        rows_ND = buffer.rows(buffer.sample(MEDIAN_ROWS, np.random.default_rng([seed, 3])))
-        self.autoencoder.b_dec.copy_(geometric_median(self._inputs(rows_ND)))
+    def start(self, buffer, seed):
+        """What up to FIRST_ROWS rows of the first buffer decide: factor, b_dec, thresholds of jumprelu.
+
+        b_dec starts at the geometric median, thresholds where target_l0 features fire on a row.
+        """
+        ae, rng = self.autoencoder, np.random.default_rng([seed, 3])
+        rows_ND = buffer.rows(buffer.sample(FIRST_ROWS, rng))
+        if self.scale_dataset:
+            norm = torch.linalg.vector_norm(rows_ND.to(ae.b_dec), dim=1).mean().item()
+            ae.factor = rows_ND.shape[1] ** 0.5 / norm if norm else 1.0
+        x_ND = self._inputs(rows_ND)
+        ae.b_dec.copy_(geometric_median(x_ND))
+        if ae.architecture == "jumprelu":
+            x_ND = x_ND[: buffer.batch_size]
+            ae.threshold.fill_(steps.first_threshold(ae, self._copies, x_ND, self.target_l0))
 
     @torch.no_grad()
     def resample(self, plan, seed, buffer):
@@ -183,9 +188,11 @@ class Trainer:
             "losses": torch.stack(self.losses) if self.losses else torch.zeros(0, 3),
             "weights": self.autoencoder.state_dict(),
             "adam": self.optimizer.state_dict(),
+            "factor": self.autoencoder.factor,
         }
 
     def restore(self, state):
+        self.autoencoder.factor = state["factor"]
         self.autoencoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["adam"])
         device = self.silent_F.device
@@ -203,11 +210,18 @@ def new_trainer(config, device, matmul_dtype):
     """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave."""
     rng = torch.Generator().manual_seed(config["seed"])
     sizes = config["act_vec_size"], config["dict_vec_size"]
-    autoencoder = Autoencoder(*sizes, config["normalize_dataset"], rng, device)
+    autoencoder = Autoencoder(
+        *sizes, config["normalize_dataset"], rng, device, config["architecture"], config["k"]
+    )
     # Of a short run not more than its second half: the first batches fire like nothing that comes later.
     window = min(FREQUENCY_TOKENS // config["batch_size_autoencoder"], config["num_batches"] // 2)
     block = max(1, window // FREQUENCY_BLOCKS)
-    return Trainer(autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype, block)
+    return Trainer(
+        autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype,
+        schedule=steps.Schedule(*(config[name] for name in steps.Schedule._fields)),
+        target_l0=config["target_l0"], scale_dataset=config["scale_dataset"], auxk=config["auxk"],
+        frequency_block=block,
+    )  # fmt: skip
 
 
 class Resampling(NamedTuple):
@@ -234,7 +248,7 @@ def train(trainer, buffer, num_batches, plan, seed):
     for x_ND in buffer.batches(first=trainer.batch):
         events = []
         if trainer.batch == 0:
-            trainer.start_at_median(buffer, seed)
+            trainer.start(buffer, seed)
         elif plan and trainer.batch % plan.interval == 0 and trainer.batch + plan.interval <= num_batches:
             events.append({"batch": trainer.batch} | trainer.resample(plan, seed, buffer))
         trainer.step(x_ND)

@@ -93,7 +93,9 @@ def test_frequencies_are_over_the_last_batches_whenever_they_are_asked_for():
 
 def test_the_window_of_frequencies_is_a_million_tokens_or_half_of_a_short_run():
     config = {"act_vec_size": 4, "dict_vec_size": 8, "normalize_dataset": False, "seed": 0}
-    config |= {"learning_rate": 1, "l1_coefficient": 1}
+    config |= {"learning_rate": 1, "l1_coefficient": 1, "architecture": "relu", "k": None, "target_l0": None}
+    config |= {"lr_warmup_batches": 0, "lr_decay_batches": 0, "l1_warmup_batches": 0}
+    config |= {"scale_dataset": False, "auxk": False}
     for batch_size, num_batches, block in ((256, 100_000, 512), (1024, 240, 15), (1024, 3, 1)):
         sizes = {"batch_size_autoencoder": batch_size, "num_batches": num_batches}
         assert training.new_trainer(config | sizes, "cpu", torch.float32).frequency_block == block

@@ -1,0 +1,248 @@
+"""The gradients of a training step, written out, by dense products or by sparse ones.
+
+    loss = mean over rows of ||x - x'||^2 + penalty
+
+    relu             penalty = c * mean over rows of sum f
+    jumprelu         penalty = c * V * (L0 / target - 1)^2, V the mean over rows of ||x - b_dec||^2
+    topk, batchtopk  penalty = AUX * mean over rows of ||x - x' - x''||^2, x'' by dead features alone (AuxK)
+
+where c is l1_coefficient. Autograd would also make the gradient of x, a sixth product of a batch and a matrix
+of weights, and it multiplies by zeros: of the five products only the encoder's needs all N F numbers.
+
+Dims: N rows of a batch, S entries of [N, F] that matter, D act_vec_size, F dict_vec_size, K dead features.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from sae import InputError
+
+# A step is sparse below this share of entries that matter. The rule sees the batch alone, so a resumed run
+# takes the same turns. Nobody has measured it on a GPU yet: there every step is dense.
+SPARSE_BELOW = {("cpu", torch.float32): 0.05, ("cpu", torch.bfloat16): 0.01}
+BANDWIDTH = 0.1  # jumprelu: width of the kernel, in units of the root mean square of x - b_dec
+AUX = 1 / 32
+THRESHOLD_SHARE = 0.01  # batchtopk: of the newest batch in the running mean of the smallest value kept
+
+
+class Copies(NamedTuple):
+    """The weights as dense products take them, feature-major; room for a gradient unless in float32."""
+
+    W_enc_FD: torch.Tensor
+    W_dec_FD: torch.Tensor
+    room_FD: torch.Tensor | None
+
+
+class Encoded(NamedTuple):
+    """Pre-activations of a batch; those above `cut` pass unchanged, the others become 0."""
+
+    centred_ND: torch.Tensor  # x - b_dec, in the dtype of the products, as pre_NF
+    pre_NF: torch.Tensor
+    cut: torch.Tensor  # one for all [], for each row [N, 1] or for each feature [F]
+
+    def features(self):
+        return self.pre_NF * (self.pre_NF > self.cut)
+
+
+class Found(NamedTuple):
+    """What a step tells beside the gradients."""
+
+    error_ND: torch.Tensor  # x' - x
+    penalty: torch.Tensor
+    fired_F: torch.Tensor  # rows that each feature fired on, int64
+    cut: torch.Tensor  # as the encoder had it
+
+
+def settings(flags, num_batches, dict_vec_size):
+    """What the flags leave open and an architecture decides; InputError for flags of another architecture."""
+    name, topk = flags["architecture"], flags["architecture"] in ("topk", "batchtopk")
+    for flag, reader in (("k", "topk or batchtopk"), ("target_l0", "jumprelu")):
+        if flags[flag] is not None and name not in reader.split(" or "):
+            raise InputError(f"--{flag} needs --architecture {reader}, got {name}")
+    if flags["scale_dataset"] and flags["normalize_dataset"]:
+        raise InputError("one of --scale_dataset and --normalize_dataset needed, got both")
+    k = flags["k"] or (min(32, dict_vec_size) if topk else None)
+    if topk and k > dict_vec_size:
+        raise InputError(f"--k of at most {dict_vec_size} (the features) needed, got {k}")
+    defaults = {
+        "lr_warmup_batches": 0 if name == "relu" else min(1000, num_batches // 20),
+        "lr_decay_batches": 0 if name == "relu" else num_batches // 5,
+        "scale_dataset": name != "relu" and not flags["normalize_dataset"],
+    }
+    given = {flag: value if flags[flag] is None else flags[flag] for flag, value in defaults.items()}
+    target_l0 = flags["target_l0"] or (32.0 if name == "jumprelu" else None)
+    auxk = topk and not flags["neuron_resampling_method"]
+    return given | {"num_batches": num_batches, "k": k, "target_l0": target_l0, "auxk": auxk}
+
+
+class Schedule(NamedTuple):
+    """Shares of the learning rate and of the penalty over a run; named after the flags, 0: off."""
+
+    num_batches: int
+    lr_warmup_batches: int
+    lr_decay_batches: int
+    l1_warmup_batches: int
+
+    def learning_rate(self, batch):
+        """Up from 0 in a line, down to 0 in a line at the end. batch: steps done before this one."""
+        left = (self.num_batches - batch) / self.lr_decay_batches if self.lr_decay_batches else 1
+        return min(1, left) * _rise(batch, self.lr_warmup_batches)
+
+    def penalty(self, batch):
+        return _rise(batch, self.l1_warmup_batches)
+
+
+CONSTANT = Schedule(0, 0, 0, 0)
+
+
+def _rise(batch, length):
+    return min(1, (batch + 1) / length) if length else 1
+
+
+def copies(ae, dtype):
+    W_enc_FD = ae.W_enc.detach().T.to(dtype)
+    return Copies(
+        W_enc_FD, ae.W_dec.detach().to(dtype), None if dtype == torch.float32 else torch.empty_like(W_enc_FD)
+    )
+
+
+def encode(ae, copies, x_ND):
+    centred_ND = (x_ND - ae.b_dec).to(copies.W_enc_FD.dtype)
+    pre_NF = torch.addmm(ae.b_enc.to(centred_ND.dtype), centred_ND, copies.W_enc_FD.T)
+    return Encoded(centred_ND, pre_NF, _cut(ae, pre_NF))
+
+
+def _cut(ae, pre_NF):
+    """In training BatchTopK looks at the whole batch. Equals of the smallest value kept are kept too."""
+    if ae.architecture == "jumprelu":
+        return ae.threshold
+    if ae.architecture == "topk":
+        least = pre_NF.topk(ae.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    elif ae.architecture == "batchtopk":
+        least = _largest(pre_NF.view(-1), ae.k * len(pre_NF), ae.threshold[0] / 2)
+    else:
+        return pre_NF.new_zeros(())
+    return torch.nextafter(least, least.new_zeros(())).clamp_min_(0)
+
+
+def _largest(flat, count, floor):
+    """The `count`-th largest number; quick where enough of them lie above `floor`."""
+    above = flat[(flat > floor).nonzero()[:, 0]]
+    numbers = above if len(above) >= count else flat
+    return numbers.kthvalue(len(numbers) - count + 1).values
+
+
+def first_threshold(ae, copies, x_ND, target_l0):
+    """The threshold above which target_l0 features of a row fire, on average over a batch."""
+    pre_NF = encode(ae, copies, x_ND).pre_NF
+    return _largest(pre_NF.view(-1), round(target_l0 * len(x_ND)), 0).clamp(min=0)
+
+
+def reconstruct(ae, copies, x_ND, f_NF):
+    """x' - x, float32, by a dense product."""
+    return (f_NF @ copies.W_dec_FD).float().add_(ae.b_dec).sub_(x_ND)
+
+
+def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=()):
+    """Fill `.grad` of all that is trained. weight: c of the penalty; dead_K: features that AuxK revives."""
+    encoded, width = encode(ae, copies, x_ND), 0
+    pre_NF, edge = encoded.pre_NF, encoded.cut
+    if ae.architecture == "jumprelu":
+        variance = encoded.centred_ND.float().square().mean()
+        weight, width = weight * variance * x_ND.shape[1], BANDWIDTH * variance.sqrt()
+        edge = edge - width / 2
+    matters_NF = pre_NF > edge
+    limit = SPARSE_BELOW.get((pre_NF.device.type, pre_NF.dtype), 0)
+    few = limit and int(matters_NF.count_nonzero()) < limit * pre_NF.numel()
+
+    def through(g, pre, cut, f):
+        return _through(ae.architecture, len(x_ND), weight, target_l0, width, g, pre, cut, f)
+
+    found = (
+        sparse(ae, x_ND, encoded, matters_NF, through) if few else dense(ae, copies, x_ND, encoded, through)
+    )
+    if len(dead_K):
+        found = found._replace(penalty=found.penalty + _auxk(ae, copies, encoded, found.error_ND, dead_K))
+    # b_dec is added to the reconstruction and taken from the input.
+    ae.b_dec.grad.sub_(ae.W_enc @ ae.b_enc.grad)
+    return found
+
+
+def _through(architecture, rows, weight, target_l0, width, g, pre, cut, f):
+    """Gradients of features, entry by entry -> of their pre-activations and thresholds; and the penalty."""
+    if architecture == "relu":
+        return (
+            torch.ops.aten.threshold_backward(g + weight / rows, f, 0),
+            None,
+            weight * f.sum(dtype=torch.float32) / rows,
+        )
+    g_pre = torch.ops.aten.threshold_backward(g, f, 0)
+    if architecture != "jumprelu":
+        return g_pre, None, g.new_zeros(())
+    # The step has no gradient: a rectangle of this width around the threshold stands in for it.
+    excess = f.count_nonzero() / (rows * target_l0) - 1
+    slope = 2 * weight * excess / (rows * target_l0)
+    near = (pre - cut).abs() < width / 2
+    return g_pre, (cut * g + slope) * near / -width, weight * excess.square()
+
+
+def dense(ae, copies, x_ND, encoded, through):
+    """The reference."""
+    f_NF = encoded.features()
+    error_ND = reconstruct(ae, copies, x_ND, f_NF)
+    g_ND = (error_ND * (2 / len(x_ND))).to(f_NF.dtype)
+    g_NF, of_threshold_NF, penalty = through(g_ND @ copies.W_dec_FD.T, encoded.pre_NF, encoded.cut, f_NF)
+    pairs = ((ae.W_dec.grad, f_NF, g_ND), (ae.W_enc.grad.T, g_NF, encoded.centred_ND))
+    for grad_FD, left_NF, right_ND in pairs:
+        product_FD = torch.mm(left_NF.T, right_ND, out=grad_FD if copies.room_FD is None else copies.room_FD)
+        grad_FD.copy_(product_FD)
+    ae.b_enc.grad.copy_(g_NF.sum(0, dtype=torch.float32))
+    ae.b_dec.grad.copy_(g_ND.sum(0, dtype=torch.float32))
+    if of_threshold_NF is not None:
+        ae.threshold.grad.copy_(of_threshold_NF.sum(0))
+    return Found(error_ND, penalty, f_NF.sign().sum(0, dtype=torch.float32).long(), encoded.cut)
+
+
+def sparse(ae, x_ND, encoded, matters_NF, through):
+    """The same for the entries that matter alone, in float32: the four products after the encoder's."""
+    (rows, width), place_S = matters_NF.shape, matters_NF.view(-1).nonzero()[:, 0]
+    row_S, feature_S = place_S // width, place_S % width
+    ends_N = torch.bincount(row_S, minlength=rows).cumsum(0)
+    starts = torch.cat([ends_N.new_zeros(1), ends_N])
+
+    def matrix(value_S):
+        return torch.sparse_csr_tensor(starts, feature_S, value_S, (rows, width), check_invariants=False)
+
+    def product(grad_FD, value_S, right_ND):  # into memory that is there: fresh pages cost more than the sums
+        torch.addmm(grad_FD, matrix(value_S).t().to_sparse_csr(), right_ND, beta=0, out=grad_FD)
+
+    pre_S = encoded.pre_NF.view(-1)[place_S].float()
+    cut_S = encoded.cut[feature_S] if encoded.cut.dim() == 1 else pre_S.new_zeros(())
+    f_S = pre_S * (pre_S > cut_S)
+    f = matrix(f_S)
+    error_ND = (f @ ae.W_dec).add_(ae.b_dec).sub_(x_ND)
+    g_ND = error_ND * (2 / rows)
+    g_S = torch.sparse.sampled_addmm(f, g_ND, ae.W_dec.T, beta=0.0).values()
+    g_S, of_threshold_S, penalty = through(g_S, pre_S, cut_S, f_S)
+    product(ae.W_dec.grad, f_S, g_ND)
+    product(ae.W_enc.grad.T, g_S, encoded.centred_ND.float())
+    ae.b_enc.grad.zero_().index_add_(0, feature_S, g_S)
+    ae.b_dec.grad.copy_(g_ND.sum(0))
+    if of_threshold_S is not None:
+        ae.threshold.grad.zero_().index_add_(0, feature_S, of_threshold_S)
+    return Found(error_ND, penalty, torch.bincount(feature_S[f_S > 0], minlength=width), encoded.cut)
+
+
+def _auxk(ae, copies, encoded, error_ND, dead_K):
+    """The dead features that come nearest to firing are asked for what the others left (Gao et al.)."""
+    W_dec_KD, pre_NK = copies.W_dec_FD[dead_K], encoded.pre_NF[:, dead_K]
+    kept = pre_NK.topk(min(len(dead_K), error_ND.shape[1] // 2), dim=1, sorted=False)
+    f_NK = torch.zeros_like(pre_NK).scatter_(1, kept.indices, kept.values.relu())
+    rest_ND = (f_NK @ W_dec_KD).float().add_(error_ND)
+    g_ND = (rest_ND * (2 * AUX / len(rest_ND))).to(f_NK.dtype)
+    g_NK = torch.ops.aten.threshold_backward(g_ND @ W_dec_KD.T, f_NK, 0)
+    ae.W_dec.grad.index_add_(0, dead_K, (f_NK.T @ g_ND).float())
+    ae.W_enc.grad.T.index_add_(0, dead_K, (g_NK.T @ encoded.centred_ND).float())
+    ae.b_enc.grad.index_add_(0, dead_K, g_NK.sum(0, dtype=torch.float32))
+    return AUX * rest_ND.square().sum() / len(rest_ND)
