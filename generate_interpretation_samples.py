@@ -38,7 +38,7 @@ def parse_args():
     add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")
     add("--log_freq_lower", type=below_zero, default=-2.0, help="keep features of a higher log10 frequency")
     add("--num_top", type=positive, default=24, help="contexts per feature: those it fires on most")
-    add("--num_spread", type=positive, default=12, help="contexts per feature: one per bin of its range")
+    add("--num_spread", type=positive, default=12, help="contexts per feature: one per step of its range")
     add("--num_random", type=positive, default=16, help="contexts per feature: whatever it does there")
     add("--batch_size", type=positive, default=16, help="contexts in a forward pass of the LLM")
     add("--seed", type=cli.SEED, default=0, help="of the contexts looked at and of the draws among them")
@@ -59,28 +59,30 @@ def main(args, stopping):
     run = samples.prepare(**vars(args))
     rng, band = torch.Generator().manual_seed(args.seed), (args.log_freq_lower, args.log_freq_upper)
     rows_N, documents_N = run.rows(args.num_samples, rng)
-    survey = samples.Survey(run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, rng)
+    survey = samples.Survey(
+        run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, args.num_random, rng
+    )
 
-    def look(rows, what):
+    def look(contexts, what):
         # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
         delay = 0 if sys.stderr.isatty() else 10
-        with tqdm(total=len(rows), desc=what, unit="context", delay=delay) as bar:
-            for f_BTF in run.look(rows):
-                yield f_BTF
-                if bar.update(len(f_BTF)):
+        with tqdm(total=len(contexts), desc=what, unit="context", delay=delay) as bar:
+            for batch, pieces in run.look(rows_N, contexts):
+                yield from pieces
+                if bar.update(len(batch)):
                     inside = samples.between(survey.log10_frequency(), *band).sum()
                     bar.set_postfix_str(f"{inside} features in the band", refresh=False)
                 if stopping():
                     raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
 
     begun = time.monotonic()
-    for f_BTF in look(rows_N, "one pass"):
-        survey.add(f_BTF)
+    for contexts_b, f_bTF in look(torch.arange(len(rows_N)), "one pass"):
+        survey.add(contexts_b, f_bTF)
     rate, frequency = args.num_samples / (time.monotonic() - begun), survey.log10_frequency()
     features = samples.in_band(frequency, *band)
-    contexts_FK, kind_FK, max_F = survey.choose(features, args.num_random)
+    contexts_FK, kind_FK, max_F = survey.choose(features)
     kept = contexts_FK[contexts_FK >= 0].unique()
-    pieces = look(rows_N[kept], "second look")
+    pieces = look(kept, "second look")
     values_FKT = samples.read_activations(pieces, contexts_FK, features, run.context_tokens)
     rows_FK = rows_N[contexts_FK].where(contexts_FK >= 0, -1)
     samples.save_samples(

@@ -38,20 +38,21 @@ def time_pass(dataset_path, autoencoder_path, contexts):
     )
     rng = torch.Generator().manual_seed(0)
     rows_N, documents_N = run.rows(contexts, rng)
-    survey = samples.Survey(run.checkpoint.autoencoder, documents_N, 24, 12, rng)
-    pieces, bare, books = run.look(rows_N), 0.0, 0.0
+    survey = samples.Survey(run.checkpoint.autoencoder, documents_N, 24, 12, 16, rng)
+    looks = run.look(rows_N, torch.arange(contexts))
+    pieces, bare, books = (piece for _, batch in looks for piece in batch), 0.0, 0.0
     while True:
         start = time.perf_counter()
-        f_BTF = next(pieces, None)
+        piece = next(pieces, None)
         middle = time.perf_counter()
         bare += middle - start
-        if f_BTF is None:
+        if piece is None:
             break
-        survey.add(f_BTF)
+        survey.add(*piece)
         books += time.perf_counter() - middle
     features = survey.log10_frequency()
     start = time.perf_counter()
-    contexts_FK = survey.choose(samples.in_band(features, -2.0, -0.1), 16)[0]
+    contexts_FK = survey.choose(samples.in_band(features, -2.0, -0.1))[0]
     kept = contexts_FK[contexts_FK >= 0].unique()
     choosing = time.perf_counter() - start
     print(f"autoencoder {run.checkpoint.config['act_vec_size']} -> {len(features)}, LLM in {run.model.dtype}")

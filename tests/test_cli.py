@@ -75,7 +75,7 @@ def test_help_answers_at_once_and_names_every_default(script):
     assert best < 1.0
 
 
-COMMANDS = [path.name for path in ROOT.glob("*.py")] + ["sae.report", "sae.export"]
+COMMANDS = [path.name for path in ROOT.glob("*.py")] + ["sae.report", "sae.export", "sae.look"]
 # Flags that name a place on disk; a model's name may be one.
 PLACES = r".*_path|.*(?<!text)_name|ssl_cert|explanations|metrics|out|samples|checkpoint"
 

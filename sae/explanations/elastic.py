@@ -256,10 +256,12 @@ def _fitting(value, kind):
 def search(server_address, index, query=None, size=10, api_key="none", ssl_cert=None, insecure=False):
     """Documents of explained features, the best score first: [dict].
 
-    query: `import` (in tokens and interpretations), `promotes:import`, `score:[0.5 TO 1] AND layer:10`, ...
+    query: `import` (in tokens and interpretations), `promotes:import`, `tokens:def AND score:[0.5 TO 1]`
+    (Lucene's form), or a dict of ElasticSearch's query language; None: all.
     """
     client = connect(server_address, api_key, ssl_cert, insecure)
-    asked = {"query_string": {"query": query, "fields": SEARCHED}} if query else {"match_all": {}}
+    named = {"query_string": {"query": query, "fields": SEARCHED}}  # so that every server answers alike
+    asked = query if isinstance(query, dict) else named if query else {"match_all": {}}
     order = [{"score": {"order": "desc", "missing": "_last"}}, {"dim": "asc"}]
     with suppress(ApiError):  # a key that only reads waits for the next refresh
         client.indices.refresh(index=index)

@@ -10,7 +10,7 @@ from sae.activations import activation_width, activations_at, find_hookpoint, pr
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
 from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton
-from sae.samples.look import feature_activations
+from sae.samples.look import encode_in_pieces
 from sae.tokens import open_dataset, read_contexts
 
 # The flags that decide which samples come out, beside the seed.
@@ -47,14 +47,15 @@ class Run(NamedTuple):
         documents = self.dataset.with_format("numpy", columns=["document"])[rows_N.tolist()]["document"]
         return rows_N, torch.as_tensor(documents)
 
-    def look(self, rows_N):
-        """Stream the feature activations of contexts: [b, T - skipped positions, F]."""
-        config, autoencoder = self.checkpoint.config, self.checkpoint.autoencoder
-        batches = read_contexts(self.dataset, rows_N, self.batch_size, self.context_tokens)
+    def look(self, rows_N, contexts_N):
+        """Stream the contexts `contexts_N` (places in `rows_N`) by batches: contexts [B], and its pieces."""
+        skip = self.checkpoint.config.get("skip_positions", 0)
+        batches = read_contexts(self.dataset, rows_N[contexts_N], self.batch_size, self.context_tokens)
         acts = (activations_at(self.model, self.module, ids_BT) for ids_BT in batches)
-        if self.model.device != autoencoder.b_enc.device:
+        if self.model.device != self.checkpoint.autoencoder.b_enc.device:
             acts = prefetch(acts)
-        return feature_activations(autoencoder, acts, config.get("skip_positions", 0))
+        for contexts_B, acts_BTD in zip(contexts_N.split(self.batch_size), acts, strict=True):
+            yield contexts_B, encode_in_pieces(self.checkpoint.autoencoder, contexts_B, acts_BTD[:, skip:])
 
 
 def prepare(

@@ -1,8 +1,10 @@
 """sae/elastic.py against a real server, and against one with keys, TLS and faults before it."""
 
+import fnmatch
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -803,3 +805,94 @@ def test_the_table_is_read_back_best_score_first(client, index, elasticsearch_ur
     assert found.stdout.splitlines()[1].split()[0] == "1"
     assert found.stdout.splitlines()[-1] == "1 features"
     assert_refused(run_script(script, elasticsearch_url, f"{index}-x", "--api_key", api_key()), f"{index}-x")
+
+
+# What the docs and the Kibana file say
+
+
+@pytest.fixture(scope="module")
+def six(elasticsearch_url):
+    """Index of six features that the questions of the docs tell apart."""
+    client, index = connect(elasticsearch_url, api_key()), f"sae-six-{time.time_ns():x}"
+    two = [{"interpretation": "closing brackets", "explained_by": "text", "judged": 0.1}]
+    features = [
+        {"tokens": ["import", "from"], "score": 0.25},
+        {"tokens": ["self"], "score": None, "promotes": ["self"], "layer": 11},
+        {"tokens": ["import"], "score": 0.75, "log10_frequency": -3.5, "max_activation": 2.0},
+        {"tokens": ["def"], "score": -0.5, "promotes": ["self", "cls"]},
+        {"tokens": ["def"], "score": 0.5, "log10_frequency": -4.0, "max_activation": 9.0, "candidates": two},
+        {"tokens": [")"], "score": 0.125, "interpretation": "brackets of calls"},
+    ]
+    ensure_index(client, index, ORIGIN)
+    with Writer(client, index, 5) as writer:
+        writer.submit([document(dim, **fields) for dim, fields in enumerate(features)])
+    assert writer.sent == 6
+    client.indices.refresh(index=index)
+    yield index
+    client.indices.delete(index=index)
+
+
+ASKED = (ROOT / "docs" / "elasticsearch.md").read_text()
+QUESTIONS = re.findall(r"^\{\"query.*\}$", ASKED, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("number", "dims"), enumerate([[2, 0], [2, 4, 0, 5, 3], [3], [4, 2], [5, 4]]),
+    ids=["fires on", "best", "promotes", "rare and strong", "speak of"],
+)  # fmt: skip
+def test_the_questions_of_the_docs_have_these_answers(six, client, number, dims):
+    assert len(QUESTIONS) == 5
+    hits = client.search(index=six, body=json.loads(QUESTIONS[number]))["hits"]["hits"]
+    assert [hit["_source"]["dim"] for hit in hits] == dims
+
+
+@pytest.mark.parametrize(
+    ("query", "dims"),
+    [
+        ("tokens:import", [2, 0]), ("score:[0.5 TO 1]", [2, 4]), ("promotes:self AND layer:[10 TO 10]", [3]),
+        ("log10_frequency:[* TO -3]", [2, 4]), ("interpretation:brackets", [5]),
+        # Each document has `import` in its contexts, two in their tokens: no server may show the others.
+        ("import", [2, 0]),
+    ],
+)  # fmt: skip
+def test_the_same_in_lucenes_form(six, elasticsearch_url, query, dims):
+    assert query == "import" or f"`{query}`" in ASKED
+    found = search(elasticsearch_url, six, query, api_key=api_key())
+    assert [one["dim"] for one in found] == dims
+    assert [one["dim"] for one in search(elasticsearch_url, six, query, 1, api_key=api_key())] == dims[:1]
+
+
+def test_a_query_that_cannot_be_read_is_refused_with_the_servers_words(six, elasticsearch_url):
+    with pytest.raises(InputError, match=r"answered 400.*\("):
+        search(elasticsearch_url, six, "(import", api_key=api_key())
+
+
+def test_kibanas_objects_fit_the_mapping_and_each_other(six, client):
+    lines = (ROOT / "experiments" / "kibana.ndjson").read_text().splitlines()
+    objects = {(one["type"], one["id"]): one for one in map(json.loads, lines)}
+    for one in objects.values():
+        for reference in one["references"]:
+            assert (reference["type"], reference["id"]) in objects
+    patterns = objects["index-pattern", "sae-features"]["attributes"]["title"].split(",")
+    for layer_type in ("mlp_activations", "mlp_sublayer", "attn_sublayer", "residual"):
+        name = index_name(CONFIG | {"layer_type": layer_type})
+        assert any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), name
+    table = objects["search", "sae-features-table"]["attributes"]
+    assert {*table["columns"], *(field for field, _ in table["sort"])} <= FIELDS.keys()
+    for one in json.loads(objects["visualization", "sae-scores"]["attributes"]["visState"])["aggs"][1:]:
+        wanted = {"field": one["params"]["field"]} | {
+            name: one["params"][name] for name in ("interval",) if name in one["params"]
+        }
+        answer = client.search(index=six, size=0, aggs={"a": {one["type"]: wanted}})
+        counts = [bucket["doc_count"] for bucket in answer["aggregations"]["a"]["buckets"]]
+        assert sum(counts) == (5 if one["params"]["field"] == "score" else 6)
+    panels = json.loads(objects["dashboard", "sae-dashboard"]["attributes"]["panelsJSON"])
+    names = {reference["name"] for reference in objects["dashboard", "sae-dashboard"]["references"]}
+    assert {f"{panel['panelIndex']}:{panel['panelRefName']}" for panel in panels} == names
+
+
+def test_the_docs_name_every_field_with_its_type():
+    page = (ROOT / "docs" / "files.md").read_text()
+    for name, kind in FIELDS.items():
+        rows = [row for row in page.splitlines() if row.startswith("|") and f"`{name}`" in row.split("|")[1]]
+        assert any(kind.get("type", "object") in row.split("|")[2] for row in rows), name
