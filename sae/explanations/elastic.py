@@ -23,7 +23,7 @@ KEYWORD, TEXT, INTEGER, FLOAT, DATE = ({"type": t} for t in ("keyword", "text", 
 CONTEXTS = {"properties": {"row": INTEGER, "text": TEXT, "marks": INTEGER}}
 CANDIDATES = {"properties": {"interpretation": TEXT, "explained_by": KEYWORD, "judged": FLOAT}}
 # What is sent of a document: it may hold more, for the journal alone.
-FIELDS = {
+MAPPING = {
     "layer": INTEGER, "dim": INTEGER, "tokens": KEYWORD, "score": FLOAT, "interpretation": TEXT,
     "score_reason": TEXT, "interval": FLOAT, "control": FLOAT, "control_reason": TEXT, "control_dim": INTEGER,
     "counting": FLOAT, "counting_reason": TEXT, "detection": FLOAT, "detection_reason": TEXT,
@@ -202,7 +202,7 @@ def _same_index(client, index, origin):
     try:
         there = next(iter(client.indices.get_mapping(index=index).values()))["mappings"]
     except NotFoundError:
-        mapping = {"dynamic": "strict", "properties": FIELDS, "_meta": owner}
+        mapping = {"dynamic": "strict", "properties": MAPPING, "_meta": owner}
         settings = {"index.query.default_field": SEARCHED}
         client.indices.create(index=index, mappings=mapping, settings=settings)
         return
@@ -211,7 +211,7 @@ def _same_index(client, index, origin):
     types = {field: _type(kind) for field, kind in there.get("properties", {}).items()}
     other = [
         f"{field} {types.get(field, 'missing')} instead of {_type(kind)}"
-        for field, kind in FIELDS.items()
+        for field, kind in MAPPING.items()
         if types.get(field, ours and _type(kind)) != _type(kind)
     ]
     if other:
@@ -220,8 +220,8 @@ def _same_index(client, index, origin):
         hits = client.search(index=index, size=1)["hits"]["hits"]
         meta = (hits[0]["_source"] if hits else owner) | meta
     refuse_other(f"the index {index}", meta, owner, "--index names another")
-    if meta != owner or not types.keys() >= FIELDS.keys():
-        client.indices.put_mapping(index=index, properties=FIELDS, meta=owner)
+    if meta != owner or not types.keys() >= MAPPING.keys():
+        client.indices.put_mapping(index=index, properties=MAPPING, meta=owner)
 
 
 def _type(kind):
@@ -239,7 +239,7 @@ def missing(client, index, documents):
     return lacking
 
 
-def as_sent(document, fields=FIELDS):
+def as_sent(document, fields=MAPPING):
     """What the server gets of a document: the fields of the mapping, keywords as long as it takes."""
     return {name: _fitting(value, fields[name]) for name, value in document.items() if name in fields}
 

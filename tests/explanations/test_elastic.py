@@ -19,7 +19,7 @@ from werkzeug import Response
 
 from sae import InputError
 from sae.explanations import elastic
-from sae.explanations.elastic import FIELDS, Writer, connect, ensure_index, index_name, missing, search
+from sae.explanations.elastic import MAPPING, Writer, connect, ensure_index, index_name, missing, search
 
 ORIGIN = {
     "autoencoder_fingerprint": "0123456789abcdef", "samples_fingerprint": "5a", "simulation": "contrastive",
@@ -331,7 +331,7 @@ def test_documents_are_found_by_tokens_and_by_interpretation(client, index, elas
     assert found("promotes:os AND NOT tokens:import") == [2, 3, 4]
     assert found(None) == [1, 2, 3, 4]
     there = client.indices.get_mapping(index=index)[index]["mappings"]
-    assert there["properties"] == FIELDS
+    assert there["properties"] == MAPPING
     assert there["_meta"] == ORIGIN
     # noida-db looks into every field all the same; ElasticSearch does as this says.
     settings = client.indices.get_settings(index=index)[index]["settings"]["index"]
@@ -339,7 +339,7 @@ def test_documents_are_found_by_tokens_and_by_interpretation(client, index, elas
 
 
 def test_the_five_fields_of_the_contract_keep_name_and_type():
-    types = {name: FIELDS[name]["type"] for name in ("layer", "dim", "tokens", "score", "interpretation")}
+    types = {name: MAPPING[name]["type"] for name in ("layer", "dim", "tokens", "score", "interpretation")}
     assert list(types.values()) == ["integer", "integer", "keyword", "float", "text"]
 
 
@@ -361,7 +361,7 @@ def test_only_what_the_mapping_names_is_sent_and_long_keywords_are_cut(client, i
 
 # The fields of the version before, which wrote only the autoencoder into the index.
 BEFORE = {
-    name: kind for name, kind in FIELDS.items()
+    name: kind for name, kind in MAPPING.items()
     if name not in ("counting", "counting_reason", "detection", "detection_reason", "fuzzing", "candidates",
                     "fuzzing_reason", "explained_by", "promotes", "suppresses", "shown", "scored")
 } | {"examples": {"type": "text"}}  # fmt: skip
@@ -380,7 +380,7 @@ def test_an_index_of_ours_gets_the_fields_that_it_lacks(client, index, holds):
     index_of_the_version_before(client, index, *[old][:holds])
     ensure_index(client, index, ORIGIN)
     there = client.indices.get_mapping(index=index)[index]["mappings"]
-    assert there["properties"] == FIELDS | BEFORE
+    assert there["properties"] == MAPPING | BEFORE
     assert there["_meta"] == ORIGIN
     with Writer(client, index, 5) as writer:
         writer.submit([document(2)])
@@ -783,7 +783,7 @@ def test_a_server_that_is_killed_and_forgets_ends_with_every_document(short_paus
             back.join()
         assert (writer.sent, writer.unsent, writer.trouble) == (60, 0, None)
         assert stored(client, "i") == {dim: document(dim) for dim in range(60)}
-        assert client.indices.get_mapping(index="i")["i"]["mappings"]["properties"] == FIELDS
+        assert client.indices.get_mapping(index="i")["i"]["mappings"]["properties"] == MAPPING
 
 
 def test_the_table_is_read_back_best_score_first(client, index, elasticsearch_url):
@@ -878,7 +878,7 @@ def test_kibanas_objects_fit_the_mapping_and_each_other(six, client):
         name = index_name(CONFIG | {"layer_type": layer_type})
         assert any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns), name
     table = objects["search", "sae-features-table"]["attributes"]
-    assert {*table["columns"], *(field for field, _ in table["sort"])} <= FIELDS.keys()
+    assert {*table["columns"], *(field for field, _ in table["sort"])} <= MAPPING.keys()
     for one in json.loads(objects["visualization", "sae-scores"]["attributes"]["visState"])["aggs"][1:]:
         wanted = {"field": one["params"]["field"]} | {
             name: one["params"][name] for name in ("interval",) if name in one["params"]
@@ -893,6 +893,6 @@ def test_kibanas_objects_fit_the_mapping_and_each_other(six, client):
 
 def test_the_docs_name_every_field_with_its_type():
     page = (ROOT / "docs" / "files.md").read_text()
-    for name, kind in FIELDS.items():
+    for name, kind in MAPPING.items():
         rows = [row for row in page.splitlines() if row.startswith("|") and f"`{name}`" in row.split("|")[1]]
         assert any(kind.get("type", "object") in row.split("|")[2] for row in rows), name

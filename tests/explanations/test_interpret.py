@@ -226,6 +226,27 @@ def test_bad_input_is_refused_in_one_line(inputs, model, tmp_path):
     assert "s3cret" not in result.stderr + result.stdout
 
 
+def test_what_was_made_with_other_settings_is_not_gone_on_with(
+    alone, inputs, elasticsearch_url, model, tmp_path
+):
+    """Neither its journal nor, where there is none, its index."""
+    (tmp_path / "samples.pt").write_bytes((inputs / "samples.pt").read_bytes())
+    journal = tmp_path / "samples.explanations.jsonl"
+    journal.write_text("".join(json.dumps(document) + "\n" for document in alone[2]))
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    server, key = elasticsearch_url, f"@{inputs / 'key'}"
+
+    def start_with(**flags):
+        flags = options(tmp_path, inputs, model, index="sae-alone", **flags)
+        return run_script("interpret_autoencoder_deepspeed.py", server, key, *flags, env=rank)
+
+    result = start_with(simulation="expected")
+    assert_refused(result, "other", "simulation", "contrastive instead of expected", journal, "move it away")
+    journal.unlink()
+    assert_refused(start_with(seed=3), "sae-alone", "seed=0", "seed=3", "--index names another")
+    assert not journal.exists()
+
+
 def test_one_line_for_all_processes(inputs, elasticsearch_url, model, tmp_path):
     process = start(tmp_path, inputs, elasticsearch_url, model, num_gpus=2, dataset_path=tmp_path / "none")
     try:
