@@ -32,11 +32,17 @@ def template(name):
     ).get_template(name)  # fmt: skip
 
 
+# At inference batchtopk has a threshold, which SAELens calls jumprelu.
+SAE_LENS_NAMES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
+
+
 def sae_lens_config(config):
     """cfg.json: the same sums, in SAELens' words, and where to hook the model."""
-    last = config.get("num_tokens") or None
+    last, architecture = config.get("num_tokens") or None, config.get("architecture", "relu")
+    topk = {"k": config["k"], "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
     return {
-        "architecture": "standard",
+        "architecture": SAE_LENS_NAMES[architecture],
+        **topk,
         "d_in": config["act_vec_size"],
         "d_sae": config["dict_vec_size"],
         "dtype": "float32",

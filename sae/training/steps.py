@@ -23,7 +23,7 @@ from sae import InputError
 SPARSE_BELOW = {("cpu", torch.float32): 0.05, ("cpu", torch.bfloat16): 0.01}
 BANDWIDTH = 0.1  # jumprelu: width of the kernel, in units of the root mean square of x - b_dec
 AUX = 1 / 32
-THRESHOLD_SHARE = 0.01  # batchtopk: of the newest batch in the running mean of the smallest value kept
+THRESHOLD_SHARE = 0.03  # batchtopk: of the newest batch in the running mean of the smallest value kept
 
 
 class Copies(NamedTuple):

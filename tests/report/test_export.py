@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
+from sae.export import sae_lens_config
 from sae.export import export as write
 
 METRICS = {"l0": 12.34, "explained_variance": 0.876, "loss_recovered": 0.91, "dead_share": 0.0625}
@@ -105,3 +106,15 @@ def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
             write(path, tmp_path / "new", "sae_lens")
     assert_refused(export(checkpoint, tmp_path / "new", "--format", "onnx"), "onnx", "sae_lens")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run", "torn.pt"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "theirs"),
+    [("relu", "standard"), ("topk", "topk"), ("batchtopk", "jumprelu"), ("jumprelu", "jumprelu")],
+)
+def test_sae_lens_knows_each_architecture_by_its_own_name(architecture, theirs):
+    config = {"act_vec_size": 8, "dict_vec_size": 16, "model_name": "m", "hookpoint": "h", "k": 5}
+    cfg = sae_lens_config(config | {"architecture": architecture})
+    assert cfg["architecture"] == theirs
+    topk = {"k": 5, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
+    assert {key: cfg[key] for key in ("k", "rescale_acts_by_decoder_norm") if key in cfg} == topk
