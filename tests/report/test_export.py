@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
-from sae.export import sae_lens_config
 from sae.export import export as write
+from sae.export import sae_lens_config
 
 METRICS = {"l0": 12.34, "explained_variance": 0.876, "loss_recovered": 0.91, "dead_share": 0.0625}
 
