@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,24 +15,17 @@ def atomic_write(path, mode="wb"):
     """A file handle whose content appears at `path` whole or not at all (temporary name, fsync, rename)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with os.fdopen(descriptor, mode) as handle:
+        with open(partial, mode.replace("w", "x")) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())
-        os.chmod(partial, 0o666 & ~_umask())
         os.replace(partial, path)
         sync_folder(path.parent)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def sync_folder(folder):
