@@ -6,6 +6,7 @@ The same command goes on where it was when it is stopped or killed; `--save_path
 """
 
 import sys
+import tempfile
 
 from sae import cli
 
@@ -33,12 +34,26 @@ def parse_args():
         "each); or address of data files, as in http://host/part-{00..15}.jsonl.gz",
     )
     add("--chunk_documents", action="store_true", help="every full window of a document, not the first alone")
-    add("--data_dir", nargs="+", help="folders within the dataset; the documents of several alternate")
+    add("--add_bos", action="store_true", help="each context begins with the tokenizer's begin-of-text token")
+    add(
+        "--data_dir",
+        nargs="+",
+        type=cli.path,
+        help="folders within the dataset; the documents of several alternate",
+    )
     add("--dataset_config", help="configuration of a hub dataset")
     add("--split", default="train", help="split of a dataset that has several")
-    add("--text_field", help="column that holds the text (default: found: content, text, code, ...)")
+    add(
+        "--text_field",
+        nargs="+",
+        metavar="COLUMN",
+        help="column of the text, several are joined; a column of chat messages goes through the tokenizer's "
+        "chat template (default: found: content, text, code, ...)",
+    )
     add("--seed", type=cli.SEED, default=0, help="of the order in which files (shards) are read")
     args = parser.parse_args()
+    if args.add_bos and args.min_tokens < 2:
+        parser.error("--min_tokens needs at least 2 with --add_bos, 1 came")
     if args.num_files % args.num_processes:
         came = f"{args.num_files} and {args.num_processes} came"
         parser.error(f"num_files needs to be a multiple of --num_processes, {came}")
@@ -59,8 +74,16 @@ def main():
         tokenizer = models.load_tokenizer(args.tokenizer_name)
         if not tokenizer.is_fast:
             raise InputError(f"a fast tokenizer needed, {args.tokenizer_name} has none")
-        tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        said, done = tokens.write_dataset(save_path, flags, tokenizer_json, len(tokenizer), stopping)
+        bos = tokenizer.bos_token_id
+        if args.add_bos and bos is None:
+            raise InputError(f"a tokenizer with a begin-of-text token needed, {args.tokenizer_name} has none")
+        if not args.add_bos and bos is not None and tokenizer("a")["input_ids"][0] == bos:
+            print(
+                f"this tokenizer puts {tokenizer.bos_token} before a text: --add_bos does so in each context"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(f"{folder}/copy")  # a folder with the rights that new folders have
+            said, done = tokens.write_dataset(save_path, flags, f"{folder}/copy", stopping, bos)
     print(said)
     return 0 if done else 130
 

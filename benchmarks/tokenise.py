@@ -22,15 +22,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-FLAGS = {"chunk_documents": False, "data_dir": None, "dataset_config": None, "split": "train", "seed": 0}
+FLAGS = {
+    "chunk_documents": False, "add_bos": False, "data_dir": None, "dataset_config": None, "split": "train",
+    "text_field": None, "seed": 0,
+}  # fmt: skip
 
 
 def read_corpus(folder):
     """The texts of all files that are UTF-8 without NUL."""
     from sae.tokens import sources
 
-    files = sources.open_source(sources.SourceArguments(str(folder), None, None, "train", None, 0))
-    return [t for n in range(files.num_shards) for t in files.read(n) if isinstance(t, str)]
+    files = sources.open_source(sources.SourceArguments(str(folder), None, None, "train", None, 0), None)
+    return [text for path in files.paths for text in files.read(path) if isinstance(text, str)]
 
 
 def one_by_one(tokenizer, texts, length):
@@ -76,7 +79,7 @@ def _write_parquet(path, rows):
 
 def suite(corpus, out, tokenizer_path, length, contexts, processes):
     """Write contexts; returns seconds, CPU seconds, and the peak memory of the largest worker in MB."""
-    from sae.tokens import workers as tokenise
+    from sae.tokens import write_dataset
 
     flags = FLAGS | {
         "num_files": processes,
@@ -85,11 +88,9 @@ def suite(corpus, out, tokenizer_path, length, contexts, processes):
         "num_processes": processes,
         "tokenizer_name": tokenizer_path,
         "dataset_name": str(corpus),
-        "text_field": None,
     }
-    tokenizer_json = (Path(tokenizer_path) / "tokenizer.json").read_text()
     start = time.perf_counter(), cpu_seconds()
-    tokenise.write_dataset(out, flags, tokenizer_json, 0, lambda: False)
+    write_dataset(out, flags, tokenizer_path, lambda: False)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
     return time.perf_counter() - start[0], cpu_seconds() - start[1], peak
 

@@ -15,9 +15,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sae.models import load_tokenizer
 from sae.samples import load_samples
-from sae.tokens import open_dataset
+from sae.tokens import load_tokenizer, open_dataset
 
 WORDS = {*keyword.kwlist, *dir(builtins), "self"}
 
@@ -25,7 +24,7 @@ WORDS = {*keyword.kwlist, *dir(builtins), "self"}
 def main(samples_path, dataset_path, count):
     samples = load_samples(samples_path)
     dataset, info = open_dataset(dataset_path)
-    tokenizer = load_tokenizer(info["tokenizer_name"])
+    tokenizer = load_tokenizer(dataset_path, info)
     ids = torch.as_tensor(dataset.with_format("numpy", columns=["input_ids"])[:]["input_ids"])
     words = [tokenizer.decode([id]).strip() for id in range(len(tokenizer))]
     number = {word: place for place, word in enumerate(dict.fromkeys(words))}

@@ -132,3 +132,14 @@ def elasticsearch_url():
 
     with elasticsearch() as url:
         yield url
+
+
+@pytest.fixture(scope="session")
+def tokenizer_copy(tmp_path_factory, smollm2):
+    """Folder with SmolLM2's tokenizer alone, as `save_pretrained` writes it."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("tokenizer_copy")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(Path(smollm2) / name, folder)
+    return str(folder)

@@ -48,8 +48,7 @@ def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
 
     Raises InputError unless samples, dataset and autoencoder belong together.
     """
-    from sae.models import load_tokenizer
-    from sae.tokens import open_dataset
+    from sae.tokens import load_tokenizer, open_dataset
 
     samples = load_samples(samples_path)
     dataset, info = open_dataset(dataset_path)
@@ -59,7 +58,7 @@ def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
         raise InputError(f"an autoencoder checkpoint needed at {autoencoder_path}, no such file")
     check_origin(what, samples.autoencoder_fingerprint, fingerprint(autoencoder_path), autoencoder_path)
     samples = only(samples, dims) if dims else samples
-    return Material(samples, dataset, load_tokenizer(info["tokenizer_name"]), fingerprint(samples_path))
+    return Material(samples, dataset, load_tokenizer(dataset_path, info), fingerprint(samples_path))
 
 
 class Context(NamedTuple):

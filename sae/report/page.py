@@ -154,9 +154,8 @@ def build(
     from sae.autoencoder import load_checkpoint
     from sae.explanations import read_journal, token_texts
     from sae.export import read_metrics
-    from sae.models import load_tokenizer
     from sae.samples import load_samples
-    from sae.tokens import open_dataset, read_contexts
+    from sae.tokens import load_tokenizer, open_dataset, read_contexts
 
     for what, path in (("explanations", explanations), ("metrics", metrics_path)):
         if path and not Path(path).is_file():
@@ -185,6 +184,6 @@ def build(
     length = samples.activations.shape[2]
     ids_CT = np.concatenate([ids.numpy() for ids in read_contexts(dataset, rows_C, 1024, length)])
     ids, tokens_CT = np.unique(ids_CT, return_inverse=True)
-    texts = token_texts(load_tokenizer(info["tokenizer_name"]), ids.tolist())
+    texts = token_texts(load_tokenizer(dataset_path, info), ids.tolist())
     tokens_CT = tokens_CT.reshape(ids_CT.shape)
     return render(samples, context_FK, tokens_CT, texts, journal, near, metrics, contexts)

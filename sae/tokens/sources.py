@@ -1,42 +1,35 @@
 """Documents from a folder or file, from web addresses or from the hub, shared out among processes."""
 
-import lzma
+import json
 import os
 import random
 import re
 import sys
+import time
 import urllib.error
 import urllib.request
-import zlib
-from functools import partial
-from itertools import islice
+from functools import cache, partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from sae import InputError
+from sae.tokens import datafiles
+from sae.tokens.datafiles import READERS, Skipped, kind
 
-BUILDERS = {
-    "parquet": "parquet",
-    "arrow": "arrow",
-    "jsonl": "json",
-    "ndjson": "json",
-    "json": "json",
-    "csv": "csv",
-}
-PACKINGS = {".gz", ".zst", ".bz2", ".xz"}
-BROKEN = (EOFError, zlib.error, lzma.LZMAError)  # what ends too early in a packed file
-NEVER_SOURCE = {"parquet", "arrow", "jsonl", "ndjson"}
-BESIDE_DATA = {"readme.md", "license", "license.md", "license.txt", "dataset_infos.json"}
+# Beside data files of these kinds lie no source files; json, csv and tsv are found among source files, too.
+ONLY_DATA = {"parquet", "arrow", "jsonl", "ndjson"}
+DATA = ONLY_DATA | {"json", "csv", "tsv"}
+BESIDE_DATA = {"md", "cff", "bib", "yaml", "yml", "png", "jpg", "jpeg", "svg", "gif", "pdf"}
+ABOUT_DATA = {"readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing"}
+DESCRIPTIONS = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
+SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "test", "eval": "test",
+          "evaluation": "test", "validation": "validation", "valid": "validation", "val": "validation",
+          "dev": "validation"}  # fmt: skip
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
+ROLES = {"human": "user", "gpt": "assistant"}  # in conversations of {"from", "value"}
+ROWS_LOOKED_AT = 1000  # to find the column of the text
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
-STALL_S = 60
-BLOCK_TRIES = 4  # of a read from the network; none again inside a packed file, which would go on behind a gap
-
-
-class Skipped(NamedTuple):
-    """A document that holds no usable text, and why."""
-
-    reason: str
 
 
 class SourceArguments(NamedTuple):
@@ -46,62 +39,62 @@ class SourceArguments(NamedTuple):
     data_dir: str | None
     dataset_config: str | None
     split: str
-    text_field: str | None
+    text_field: list | None
     seed: int
 
 
-class Files:
-    """A tree of plain source files (or one): each file is a shard of one document."""
+class SourceFiles(NamedTuple):
+    """A tree of plain source files (or one): each file is one document."""
 
-    def __init__(self, paths):
-        self.paths = paths
-        self.num_shards = len(paths)
+    paths: list
+    left_out: list  # links
+    remote: bool = False
+    columns: list | None = None
 
-    def read(self, shard):
+    def read(self, path):
         try:
-            text = Path(self.paths[shard]).read_bytes().decode()
+            text = Path(path).read_bytes().decode()
         except UnicodeDecodeError:
-            text = Skipped("not UTF-8")
+            yield Skipped("not UTF-8")
+        except OSError:
+            yield Skipped("cannot be read")
         else:
-            if "\0" in text:
-                text = Skipped("holds NUL")
-        yield text
+            yield Skipped("holds NUL") if "\0" in text else text
 
 
-class Rows:
-    """A streamed `datasets` dataset; its shards are its data files."""
+class DataFiles(NamedTuple):
+    """Data files, each row a document: the text of one column, or of several joined."""
 
-    def __init__(self, stream, text_field, name):
-        self.stream = stream
-        self.text_field = text_field
-        self.name = name
-        self.remote = "://" in name or not Path(name).exists()
-        self.num_shards = stream.num_shards
+    paths: list
+    left_out: list
+    remote: bool
+    columns: list | None = None
+    chat: object = None  # function: messages -> text or Skipped
 
-    def read(self, shard):
-        import datasets
+    def read(self, path):
+        for row in self.rows(path):
+            yield row if isinstance(row, Skipped) else self.text(row)
 
+    def rows(self, path):
+        """Dicts with `columns`, with all where these are not known; Skipped for what is no row."""
         try:
-            for row in self.stream.shard(num_shards=self.num_shards, index=shard):
-                text = row[self.text_field]
-                if not isinstance(text, str):
-                    text = Skipped("no text")
-                elif not _is_unicode(text):
-                    text = Skipped("not Unicode")
-                yield text
-        except KeyError as err:
-            raise InputError(f"a column {err} needed in all of {self.name}, a row lacks it") from err
-        except (ValueError, *BROKEN, datasets.exceptions.DatasetsError) as err:
-            if isinstance(err, BROKEN) and self.remote:
-                raise ConnectionError(str(err)) from err
-            raise InputError(f"readable data files needed in {self.name}: {err}") from err
+            yield from datafiles.read_rows(path, self.columns)
+        except datafiles.BROKEN as err:
+            if not self.remote or isinstance(err, ValueError):
+                raise InputError(f"readable data files needed, {path} is none: {err}") from err
+            raise _refusal(path, err) if isinstance(err, FileNotFoundError) else ConnectionError(err) from err
 
-
-def _is_unicode(text):
-    try:
-        return text.isascii() or text.encode() != b""
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
-        return False
+    def text(self, row):
+        parts = [row[column] for column in self.columns if row.get(column) is not None]
+        parts = [self.chat(part) if isinstance(part, list) else part for part in parts]
+        if not parts or not all(isinstance(part, str) for part in parts):
+            return next((part for part in parts if isinstance(part, Skipped)), Skipped("no text"))
+        text = "".join(parts)
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+            return Skipped("not Unicode")
+        return text
 
 
 def refuse_missing(name):
@@ -111,137 +104,245 @@ def refuse_missing(name):
         raise InputError(f"a dataset needed at --dataset_name {name}, no such file or folder")
 
 
-def open_source(arguments):
-    """The documents that `arguments` name, as Files or Rows; InputError where there are none."""
-    name, base = arguments.dataset_name, Path(arguments.dataset_name)
+def open_source(arguments, chat):
+    """The documents that `arguments` name, InputError where there are none. `chat` renders messages."""
+    name = arguments.dataset_name
     refuse_missing(name)
-    if "://" in name or not base.exists():
-        return _open_rows(arguments, *_remote(arguments))
+    if not re.fullmatch(r"[\w.-]+", arguments.split):
+        raise InputError(f"--split needs the name of a split, without a slice, got {arguments.split!r}")
+    if "://" in name:
+        source = DataFiles(_addresses(arguments), [], True)
+    elif not Path(name).exists():
+        source = DataFiles(_hub_files(arguments), [], True)
+    else:
+        source = _local_files(arguments)
+    if isinstance(source, SourceFiles):
+        return source
+    unknown = {kind(path) or path for path in source.paths} - set(READERS)
+    if unknown:
+        raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {sorted(unknown)[0]}")
+    rows = chain.from_iterable(map(source.rows, source.paths))
+    rows = [row for row in islice(rows, ROWS_LOOKED_AT) if not isinstance(row, Skipped)]
+    if not rows:
+        raise InputError(f"documents needed in {name}, it holds none")
+    source = source._replace(columns=_text_columns(rows, arguments.text_field), chat=chat)
+    source.text(rows[0])  # refuses messages where there is no template
+    return source
+
+
+def chat_template(tokenizer_folder):
+    """A function: messages -> their text by a tokenizer's template, Skipped where that refuses them."""
+
+    @cache
+    def tokenizer():
+        from sae.models import load_tokenizer
+
+        loaded = load_tokenizer(str(tokenizer_folder))
+        if not loaded.chat_template:
+            raise InputError("a column of messages needs a tokenizer with a chat template, this has none")
+        return loaded
+
+    def render(messages):
+        from jinja2 import TemplateError
+
+        try:
+            return tokenizer().apply_chat_template(
+                [
+                    {"role": ROLES.get(each["from"], each["from"]), "content": each["value"]}
+                    if "from" in each
+                    else each
+                    for each in messages
+                ],
+                tokenize=False,
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as err:
+            if isinstance(err, InputError):
+                raise
+            return Skipped("refused by the chat template")
+
+    return render
+
+
+def _text_columns(rows, wanted):
+    """The columns of the text: those that are wanted, or the one that names and rows show."""
+    values = {}  # of each column, without those that are empty
+    for row in rows:
+        for column in row:
+            values.setdefault(column, [])
+            if row[column] not in (None, ""):
+                values[column].append(row[column])
+    said = f"--text_field needed, a column of {', '.join(map(str, values))}"
+    for column in wanted or []:
+        if column not in values:
+            raise InputError(f"{said}: {column!r} is none of them")
+        if values[column] and not any(isinstance(value, str | list) for value in values[column]):
+            raise InputError(f"{said}: {column!r} holds no text")
+    if wanted:
+        return wanted
+    of_text = [column for column in values if all(isinstance(value, str) for value in values[column])]
+    in_words = [column for column in of_text if any(len(value.split()) > 1 for value in values[column])]
+    named = [column for column in TEXT_FIELDS if column in of_text]
+    filled = [column for column in named if values[column]]
+    if filled or (named and not in_words):
+        return (filled or named)[:1]
+    # Ids and hashes have no words; a column that is empty so far may be the one that is meant.
+    if len(in_words) == 1 and all(values.values()):
+        return in_words
+    if len(values) == 1 and of_text:
+        return of_text
+    raise InputError(f"{said}: none looks like text")
+
+
+def _local_files(arguments):
+    base = Path(arguments.dataset_name)
+    if arguments.dataset_config:
+        raise InputError(
+            f"--dataset_config is for hub datasets, {base} is here: --data_dir names a folder in it"
+        )
+    if (base / "snapshots").is_dir():  # as the hub's client keeps a dataset
+        ref = base / "refs" / "main"
+        there = sorted(path.name for path in (base / "snapshots").iterdir())
+        base = base / "snapshots" / (ref.read_text().strip() if ref.is_file() else there[-1])
     path = base / arguments.data_dir if arguments.data_dir else base
     if not path.exists():
         raise InputError(f"a folder or file needed at {path} (--dataset_name with --data_dir), there is none")
-    files = [path] if path.is_file() else sorted(_visible_files(path))
-    if {"state.json", "dataset_info.json"} <= {file.name for file in files}:
-        files = [file for file in files if file.suffix == ".arrow"]
-    kind = _data_kind(path, files)
-    if kind:
-        files = [str(file) for file in files if _ending(file) == kind]
-        of_split = re.compile(rf"(^|[-_./]){re.escape(arguments.split)}([-_./]|$)")
-        named = [file for file in files if of_split.search(os.path.relpath(file, base))]
-        return _open_rows(arguments, BUILDERS[kind], {"data_files": {arguments.split: named or files}})
+    files, left_out = ([path], []) if path.is_file() else _walk(path)
     if not files:
         raise InputError(f"documents needed in {path}, it holds no file")
-    return Files([str(file) for file in files])
+    reader = _data_reader(path, files)
+    if reader is None:
+        if arguments.split != "train":
+            raise InputError(f"source files have no splits, --split {arguments.split} came")
+        return SourceFiles([str(file) for file in files], left_out)
+    files = [file for file in files if READERS.get(kind(file)) is reader and file.name not in DESCRIPTIONS]
+    files = _of_split(path, _saved_files(files), arguments.split)
+    return DataFiles([str(file) for file in files], left_out, False)
 
 
-def _visible_files(folder):
-    for path in folder.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and "__pycache__" not in path.parts:
-            yield path
+def _walk(folder):
+    """(files, links left out): all that is not hidden, in order; what links lead to is read once."""
+    seen, files, links, left_out = {os.path.realpath(folder)}, [], [], []
+
+    def visit(folder):
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith(".") or entry.name == "__pycache__":
+                continue
+            if entry.is_dir() and (real := os.path.realpath(entry.path)) not in seen:
+                seen.add(real)
+                visit(entry.path)
+            elif entry.is_file():
+                (links if entry.is_symlink() else files).append(Path(entry.path))
+            elif entry.is_dir() or entry.is_symlink():
+                left_out.append(entry.path)
+
+    visit(folder)
+    own = {os.path.realpath(file) for file in files} if links else ()
+    for link in links:
+        if os.path.realpath(link) in own:
+            left_out.append(str(link))
+        else:
+            files.append(link)
+    return sorted(files), left_out
 
 
-def _ending(path):
-    suffixes = [suffix for suffix in Path(path).suffixes if suffix not in PACKINGS]
-    return suffixes[-1][1:].lower() if suffixes else ""
-
-
-def _data_kind(path, files):
-    """Which kind of data file a folder is made of, None for a tree of source files."""
-    beside = [file for file in files if file.name.lower() not in BESIDE_DATA]
-    kinds = {_ending(file) for file in beside}
-    if kinds & NEVER_SOURCE and len(kinds) > 1:
-        few = ", ".join(sorted(kind or "no ending" for kind in kinds)[:6])
+def _data_reader(path, files):
+    """The reader of the data files that a folder is made of, None for a tree of source files."""
+    kinds = {
+        kind(file)
+        for file in files
+        if file.name not in DESCRIPTIONS and (kind(file) in DATA or file.stem.lower() not in ABOUT_DATA)
+    }
+    if kinds & ONLY_DATA:
+        kinds -= BESIDE_DATA
+    readers = {READERS[each] if each in DATA else None for each in kinds}
+    if kinds & ONLY_DATA and len(readers) > 1:
+        few = ", ".join(sorted(each or "no ending" for each in kinds)[:6])
         raise InputError(f"data files of one kind, or source files alone, needed in {path}, there are {few}")
-    return kinds.pop() if len(kinds) == 1 and kinds <= set(BUILDERS) else None
+    return readers.pop() if len(readers) == 1 else None
 
 
-def _remote(arguments):
-    name = arguments.dataset_name
-    if "://" in name and arguments.data_dir:
-        raise InputError(f"--data_dir is for folders and hub datasets, --dataset_name {name} names files")
-    if "://" not in name:
-        return name, {"name": arguments.dataset_config, "data_dir": arguments.data_dir}
-    kind = _ending(name)
-    if kind not in BUILDERS:
-        raise InputError(f"an address that ends in {', '.join(BUILDERS)} (or .gz) needed, got {name}")
-    return BUILDERS[kind], {"data_files": {arguments.split: _spread(name)}}
+def _saved_files(files):
+    """Without the Arrow files that `save_to_disk` does not list in its state.json: caches of that dataset."""
+    listed = {}
+    for folder in {file.parent for file in files if (file.parent / "state.json").is_file()}:
+        state = json.loads((folder / "state.json").read_text())
+        listed[folder] = {each["filename"] for each in state["_data_files"]}
+    return [file for file in files if file.parent not in listed or file.name in listed[file.parent]]
 
 
-def _spread(address):
+def _of_split(path, files, split):
+    """The files whose names or folders name the split; those that name none are for training."""
+    saved = path / "dataset_dict.json"
+    own = json.loads(saved.read_text())["splits"] if saved.is_file() else []
+    names = {name.lower(): name for name in (split, *own)} | SPLITS
+    word = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, names))})(?![a-z])")
+    by_split = {}
+    for file in files:
+        found = word.findall(str(file.relative_to(path)).lower())
+        by_split.setdefault(names[found[-1]] if found else "train", []).append(file)
+    wanted = SPLITS.get(split, split)
+    if wanted not in by_split:
+        there = ", ".join(sorted(by_split))
+        raise InputError(f"--split needs one of {there} in {path}, got {split!r}")
+    return by_split[wanted]
+
+
+def _addresses(arguments):
     """`shard-{00..15}.parquet` as its 16 addresses."""
-    match = re.search(r"\{(\d+)\.\.(\d+)\}", address)
+    name = arguments.dataset_name
+    if arguments.data_dir or arguments.dataset_config:
+        raise InputError(
+            f"--data_dir and --dataset_config are for hub datasets, --dataset_name {name} names files"
+        )
+    if kind(name) not in READERS:
+        raise InputError(f"an address that ends in {', '.join(READERS)} (or .gz) needed, got {name}")
+    match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
-        return [address]
+        return [name]
     first, last = match.groups()
     numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [address[: match.start()] + number + address[match.end() :] for number in numbers]
+    return [name[: match.start()] + number + name[match.end() :] for number in numbers]
 
 
-def _open_rows(arguments, name, options):
+def _hub_files(arguments):
+    """The addresses (hf://...) of the files of a hub dataset's split."""
     import datasets
 
-    if "://" in arguments.dataset_name:
-        import aiohttp
-
-        timeout = aiohttp.ClientTimeout(sock_connect=STALL_S, sock_read=STALL_S)
-        options["storage_options"] = {"client_kwargs": {"timeout": timeout}}
+    name = arguments.dataset_name
     try:
-        builder = datasets.load_dataset_builder(name, **options)
-        files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
-        # A broken connection is mended block by block here at first, and shard by shard in `_persistent`.
-        tries = 1 if any(Path(file).suffix in {*PACKINGS, ".zip"} for file in files) else BLOCK_TRIES
-        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = tries
-        datasets.config.STREAMING_READ_RETRY_INTERVAL = datasets.config.STREAMING_OPEN_RETRY_INTERVAL = 1
-        datasets.config.TORCH_AVAILABLE = False  # a stream would load it, which takes longer than all else
-        stream = builder.as_streaming_dataset(split=arguments.split)
-        field = _text_field(arguments, stream)
+        builder = datasets.load_dataset_builder(name, arguments.dataset_config, data_dir=arguments.data_dir)
     except datasets.exceptions.DatasetNotFoundError as err:
         login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones"
         raise InputError(f"a dataset needed, got {name!r}: {err}{login}") from err
-    except FileNotFoundError as err:
-        if "://" in arguments.dataset_name:
-            raise _refusal(arguments.dataset_name, err) from err
-        raise InputError(f"data files needed in {arguments.dataset_name!r}: {err}") from err
-    except (ValueError, *BROKEN, datasets.exceptions.DatasetsError) as err:
-        if isinstance(err, BROKEN) and not Path(arguments.dataset_name).exists():
-            raise ConnectionError(str(err)) from err  # a connection that broke, and is tried again
-        raise InputError(f"a dataset that opens needed, got {arguments.dataset_name!r}: {err}") from err
-    return Rows(stream, field, arguments.dataset_name)
+    except (FileNotFoundError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as err:
+        raise InputError(f"a dataset that opens needed, got {name!r}: {err}") from err
+    splits = builder.config.data_files or {}
+    if arguments.split not in splits:
+        there = ", ".join(splits) or "no files"
+        raise InputError(f"--split needs one of {name}, which has {there}, got {arguments.split!r}")
+    return [str(file) for file in splits[arguments.split]]
 
 
 def _refusal(address, err):
     """An unfindable web address as the error it is: fsspec calls a busy server (503) a missing file, too."""
     try:
-        urllib.request.urlopen(urllib.request.Request(_spread(address)[0], method="HEAD"), timeout=STALL_S)
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=datafiles.STALL_S)
     except urllib.error.HTTPError as answer:
         if 400 <= answer.code < 500 and answer.code not in (408, 429):
             return InputError(f"data files needed at {address}, the server answers {answer.code}")
     except (OSError, ValueError):
         pass
-    return ConnectionError(str(err))
+    return ConnectionError(err)
 
 
-def open_patiently(arguments, pause, pauses=PAUSES):
+def open_patiently(arguments, chat, pauses=PAUSES):
     """`open_source`, tried again after a network error."""
     if "://" not in arguments.dataset_name and Path(arguments.dataset_name).exists():
-        return open_source(arguments)
-    return next(_persistent(lambda: iter([open_source(arguments)]), 0, pause, pauses))
+        return open_source(arguments, chat)
+    return next(_persistent(lambda: iter([open_source(arguments, chat)]), 0, pauses))
 
 
-def _text_field(arguments, stream):
-    row = next(iter(stream), None)
-    if row is None:
-        raise InputError(f"documents needed in {arguments.dataset_name}, it holds none")
-    texts = [key for key, value in row.items() if isinstance(value, str)]
-    found = [field for field in TEXT_FIELDS if field in texts] or (texts if len(texts) == 1 else [])
-    if arguments.text_field in row or (arguments.text_field is None and found):
-        return arguments.text_field or found[0]
-    came = f"{arguments.text_field!r} is none of them" if arguments.text_field else "none looks like text"
-    raise InputError(f"--text_field needed, a column of {', '.join(row)}: {came}")
-
-
-def _persistent(read, index, pause, pauses=PAUSES):
+def _persistent(read, index, pauses=PAUSES):
     """The documents of `read()` from `index` on; after a network error they are read again from there."""
     import aiohttp
     import httpx2
@@ -258,24 +359,23 @@ def _persistent(read, index, pause, pauses=PAUSES):
                 raise ConnectionError(f"the network failed {failures + 1} times in a row: {err}") from err
             said = f"network error ({type(err).__name__}: {err}), trying again in {pauses[failures]} s"
             print(f"\n{said}", file=sys.stderr, flush=True)
-            pause(pauses[failures])
+            time.sleep(pauses[failures])
             failures += 1
 
 
-def read_documents(source, seed, process, processes, pause, position):
+def read_documents(source, seed, process, processes, position):
     """The documents that `process` of `processes` reads, from `position` ([0, 0, 0]: the beginning) on.
 
     Yields (position after it, text or Skipped). Shards are shuffled by `seed` and dealt out; where there are
-    fewer shards than processes, the documents themselves are dealt out. `pause(seconds)` waits for a network.
+    fewer shards than processes, the documents themselves are dealt out.
     """
     turn, index, count = position
-    shards = random.Random(seed).sample(range(source.num_shards), source.num_shards)
-    deal = source.num_shards < processes
+    shards = random.Random(seed).sample(source.paths, len(source.paths))
+    deal = len(shards) < processes
     shards = shards if deal else shards[process::processes]
     while turn < len(shards):
         read = partial(source.read, shards[turn])
-        remote = isinstance(source, Rows) and source.remote
-        for text in _persistent(read, index, pause) if remote else islice(read(), index, None):
+        for text in _persistent(read, index) if source.remote else islice(read(), index, None):
             index, count = index + 1, count + 1
             if not deal or (count - 1) % processes == process:
                 yield [turn, index, count], text

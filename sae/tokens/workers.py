@@ -1,361 +1,373 @@
-"""Documents to a tokenised dataset with several processes, to be stopped and gone on with at any moment."""
+"""Documents to a tokenised dataset with several processes; what is finished outlives every kind of end.
+
+Worker processes make contexts of documents, this process writes them to files. While it grows, a dataset lies
+in a hidden folder: `progress.json` (the plan, the finished files, where each worker goes on after them) and
+`dataset/` with the finished files, which are moved to their place at the very end.
+"""
 
 import fcntl
-import hashlib
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import traceback
-from contextlib import contextmanager
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
-from multiprocessing.connection import wait
+from itertools import islice, repeat
+from multiprocessing import resource_tracker
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from sae import InputError
+from sae import InputError, artifacts
 from sae.tokens import dataset, sources
 
-SECONDS_BETWEEN_REPORTS = 0.25
+CONTEXTS_AT_ONCE = 128  # that a worker hands over
 
 
-class Stopped(Exception):
-    """The worker was asked to stop."""
+class State(NamedTuple):
+    """How far one worker is: `windows` contexts of the document at `position` are given already."""
+
+    position: list | None = None
+    documents: int = 0  # read to their ends
+    long_enough: int = 0
+    windows: int = 0
+    skipped: dict = {}  # noqa: RUF012  replaced, never changed
+    ended: bool = False
 
 
 def find_contexts(tokenizer, documents, state, plan, process):
-    """(ids, document number) of each context that `state` has not seen; keeps the counts in `state`.
+    """Each context as (ids, document number, State after it); then, for ever, (None, None, the last State).
 
     Document numbers are the reading order where process p reads the documents p, p + P, p + 2P ...
     """
-    length, chunk = plan["min_tokens"], plan["chunk_documents"]
-    for batch in _batches(documents, 1 if chunk else 64):
-        texts = [text for _after, text in batch if isinstance(text, str)]
-        first = iter([] if chunk else tokenizer.first_windows(texts, length))
-        for after, text in batch:
-            if isinstance(text, sources.Skipped):
-                state.skipped[text.reason] = state.skipped.get(text.reason, 0) + 1
-            else:
-                windows = tokenizer.all_windows(text, length) if chunk else filter(None, [next(first)])
-                for ids in islice(windows, state.windows, None):
-                    state.windows += 1
-                    yield ids, state.documents * plan["num_processes"] + process
-                state.long_enough += state.windows > 0
-            state.position, state.windows = after, 0
-            state.documents += 1
+    bos = [plan["bos_token_id"]] if plan["add_bos"] else []
+    for after, text in documents:
+        if isinstance(text, sources.Skipped):
+            state = state._replace(skipped=Counter(state.skipped) + Counter([text.reason]))
+        else:
+            number = state.documents * plan["num_processes"] + process
+            windows = tokenizer.windows(text, plan["min_tokens"] - len(bos), plan["chunk_documents"])
+            for ids in islice(windows, state.windows, None):
+                state = state._replace(windows=state.windows + 1)
+                yield bos + ids, number, state
+        long_enough = state.long_enough + (state.windows > 0)
+        state = State(after, state.documents + 1, long_enough, 0, state.skipped)
+    yield from repeat((None, None, state._replace(ended=True)))
 
 
-def _batches(documents, most, most_chars=1 << 22):
-    batch, chars = [], 0
-    for document in documents:
-        batch.append(document)
-        chars += len(document[1])
-        if len(batch) >= most or chars >= most_chars:
-            yield batch
-            batch, chars = [], 0
-    if batch:
-        yield batch
+def count(states):
+    """Of the documents looked at, also those that are being cut."""
+    begun = sum(state.windows > 0 for state in states)
+    skipped = sum((Counter(state.skipped) for state in states), Counter())
+    return {
+        "documents": sum(state.documents for state in states) + begun,
+        "documents_long_enough": sum(state.long_enough for state in states) + begun,
+        "documents_skipped": dict(sorted(skipped.items())),
+    }
 
 
-def run_worker(folder, plan, process, report, stopping, pause):
-    """Write one worker's files; True when they are full, False when the documents ended first.
-
-    `report(counts)` is called now and then. Raises Stopped, with everything saved, once `stopping()`.
-    `pause(seconds)` waits for a network.
-    """
+def _work(connection, folder, plan, process, state):
+    """A worker process: answers each number with as many contexts, or says what went wrong."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from sae.tokens.exact import ExactTokenizer
 
-    state = dataset.load_states(folder, plan)[process]
-    files = dataset.ArrowFiles(folder, plan, process, state)
-    if files.full:
-        report(state.counts() | {"contexts": files.contexts})
-        return True
-    readers = [
-        partial(
-            sources.read_documents,
-            sources.open_patiently(arguments, pause),
-            plan["seed"],
-            process,
-            plan["num_processes"],
-            pause,
-        )
-        for arguments in source_arguments(plan)
-    ]
-    told = 0.0
-
-    def watched(items):
-        nonlocal told
-        for item in items:
-            if time.monotonic() - told > SECONDS_BETWEEN_REPORTS:
-                told = time.monotonic()
-                report(state.counts() | {"contexts": files.contexts})
-                if stopping():
-                    raise Stopped
-            yield item
-
-    tokenizer = ExactTokenizer((folder / "tokenizer.json").read_text())
-    documents = watched(sources.alternate(readers, state.position))
+    copy = folder / "dataset" / dataset.TOKENIZER
     try:
-        # Both: a document may have no context, or millions.
-        for ids, document in watched(find_contexts(tokenizer, documents, state, plan, process)):
-            files.add(ids, document)
-            if files.full:
-                return True
-        return False
-    finally:
-        files.save()
-        report(state.counts() | {"contexts": files.contexts})
-
-
-def source_arguments(plan):
-    """The plan's sources: one for each --data_dir."""
-    keys = ("dataset_config", "split", "text_field", "seed")
-    return [
-        sources.SourceArguments(plan["dataset_name"], data_dir, *(plan[key] for key in keys))
-        for data_dir in plan["data_dir"] or [None]
-    ]
-
-
-def _worker_main(folder, plan, process, parent, connection, stop):
-    """A worker process: ends with the message done, short, stopped, or error and what it says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-    def report(counts):
-        connection.send(("counts", counts))
-
-    def pause(seconds):
-        end = time.monotonic() + seconds
-        while not stopping() and time.monotonic() < end:
-            stop.wait(min(seconds, 1))
-        if stopping():
-            raise Stopped
-
-    def stopping():
-        return stop.is_set() or os.getppid() != parent
-
-    try:
-        # An orphan of a killed run may still wait for a silent server.
-        with lock(folder / f"worker-{process:05d}.lock", wait_s=sources.STALL_S + 30):
-            full = run_worker(folder, plan, process, report, stopping, pause)
-        connection.send(("done" if full else "short", None))
-    except Stopped:
-        connection.send(("stopped", None))
+        readers = [
+            partial(sources.read_documents, source, plan["seed"], process, plan["num_processes"])
+            for source in open_sources(plan, copy)
+        ]
+        documents = sources.alternate(readers, state.position)
+        tokenizer = ExactTokenizer((copy / "tokenizer.json").read_text())
+        _answer(connection, find_contexts(tokenizer, documents, state, plan, process), plan["min_tokens"])
     except (InputError, OSError) as err:
-        connection.send(("error", f"process {process}: {err}"))
+        connection.send(str(err))
     except BaseException:
         traceback.print_exc()
         raise
 
 
-@contextmanager
-def lock(path, wait_s=0.0):
-    """Holds `path` for this process alone; the system lets go of it however the process ends."""
-    with open(path, "a") as handle:
-        deadline = time.monotonic() + wait_s
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _answer(connection, contexts, length):
+    """Sends, for each number N received, ids [N, length], documents [N] and the State; fewer at the end."""
+    import numpy as np
+
+    ahead = deque()  # made while nobody asks
+    while True:
+        while len(ahead) < CONTEXTS_AT_ONCE and not connection.poll():
+            ahead.append(next(contexts))
+        try:
+            wanted = connection.recv()
+        except EOFError:  # the run has ended
+            sys.exit(0)
+        given = []
+        while len(given) < wanted:
+            ids, document, state = ahead.popleft() if ahead else next(contexts)
+            if ids is None:
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise InputError(f"one run at a time needed, another writes in {path.parent}") from None
-                time.sleep(0.1)
-        yield
+            given.append((ids, document))
+        ids_NT = np.array([ids for ids, _document in given], dtype=np.int32).reshape(-1, length)
+        connection.send((ids_NT, np.array([document for _ids, document in given], dtype=np.int64), state))
 
 
-def make_plan(flags, tokenizer_json):
-    """The flags with what they stand for: all that decides about the bytes. Opens the sources once."""
-    plan = flags | {"tokenizer_fingerprint": hashlib.sha256(tokenizer_json.encode()).hexdigest()[:16]}
-    arguments = source_arguments(plan)
+def open_sources(plan, tokenizer_folder):
+    """The plan's sources: one for each --data_dir."""
+    keys = ("dataset_config", "split", "text_field", "seed")
+    chat = sources.chat_template(tokenizer_folder)
+    arguments = [
+        sources.SourceArguments(plan["dataset_name"], data_dir, *(plan[key] for key in keys))
+        for data_dir in plan["data_dir"] or [None]
+    ]
     # The hub's client tries several times by itself.
     pauses = sources.PAUSES[:3] if "://" in plan["dataset_name"] else ()
-    opened = [sources.open_patiently(each, time.sleep, pauses) for each in arguments]
-    plan["text_field"] = next((s.text_field for s in opened if isinstance(s, sources.Rows)), None)
-    plan["shards"] = [source.num_shards for source in opened]
-    return plan
+    return [sources.open_patiently(each, chat, pauses) for each in arguments]
 
 
-def working_folder(save_path):
-    return Path(save_path).absolute().parent / f".{Path(save_path).absolute().name}.partial"
+def make_plan(flags, tokenizer_folder, bos_token_id):
+    """The flags with what they stand for: all that decides about the bytes. Opens the sources once."""
+    from tokenizers import Tokenizer
+
+    tokenizer_json = (Path(tokenizer_folder) / "tokenizer.json").read_text()
+    opened = open_sources(flags, tokenizer_folder)
+    for link in [link for source in opened for link in source.left_out][:3]:
+        print(f"a link is left out, it leads to nothing or to what is read anyway: {link}")
+    columns = next((source.columns for source in opened if source.columns), None)
+    if columns:
+        print(f"the text is taken from the column {' + '.join(columns)}")
+    return flags | {
+        "text_field": columns,
+        "bos_token_id": bos_token_id,
+        "vocab_size": Tokenizer.from_str(tokenizer_json).get_vocab_size(),
+        "tokenizer_fingerprint": dataset.tokenizer_fingerprint(tokenizer_json),
+        "shards": [len(source.paths) for source in opened],
+    }
+
+
+def places(save_path):
+    """Where the dataset goes and where it grows: beside that place, or in a folder that is there already."""
+    place = Path(os.path.realpath(save_path))
+    beside = place.parent / f".{place.name}.partial"
+    return place, place / ".partial" if place.is_dir() and not beside.exists() else beside
 
 
 def read_finished(save_path, flags):
     """The info of the dataset that these flags have written to `save_path` already, else None."""
-    save_path = Path(save_path)
-    if not save_path.exists() or (save_path.is_dir() and not any(save_path.iterdir())):
+    place, _growing = places(save_path)
+    path = place / dataset.INFO_FILE
+    if not path.is_file():
+        there = {each.name for each in place.iterdir()} if place.is_dir() else {place.name}
+        if place.exists() and ".partial" not in there and there - {"lost+found"}:
+            came = f"{save_path}, something else is there"
+            raise InputError(f"an empty or no folder needed at --save_path {came}")
         return None
-    if not (save_path / dataset.INFO_FILE).is_file():
-        raise InputError(f"an empty or no folder needed at --save_path {save_path}, something else is there")
     try:
-        info = json.loads((save_path / dataset.INFO_FILE).read_text())
+        info = json.loads(path.read_text())
         there = info["dataset_arguments"] | info
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"a whole {dataset.INFO_FILE} needed in --save_path {save_path}") from None
+        raise InputError(f"a whole {path.name} needed in --save_path {save_path}") from None
     _refuse_other_flags(there, flags, f"the dataset at {save_path}")
     return info
 
 
 def _refuse_other_flags(there, flags, what):
     for key, value in flags.items():
-        if key == "text_field" and value is None:
-            continue
-        if there.get(key) != value:
+        was = there.get(key)
+        was = [was] if key == "text_field" and isinstance(was, str) else was
+        # What is off may be missing, in a dataset of version 0.1.
+        if (was or None) != (value or None) and not (key == "text_field" and value is None):
             raise InputError(
                 f"the flags of {what} needed: --{key} was {there.get(key)!r}, {value!r} came; "
                 "give the same flags to go on, or another --save_path"
             )
 
 
-def start_or_resume(folder, plan, tokenizer_json):
-    """The workers' states in the working folder, which is made when there is none."""
-    plan_path = folder / "plan.json"
-    if plan_path.exists() and (folder / "dataset").is_dir():
-        _refuse_other_flags(json.loads(plan_path.read_text()), plan, f"what was begun in {folder}")
-    else:
-        _clear(folder)  # what a kill left that came while it was being removed
-        (folder / "dataset").mkdir(parents=True)
-        (folder / "tokenizer.json").write_text(tokenizer_json)
-        dataset.save_json(plan_path, plan)
-    return dataset.load_states(folder, plan)
+@contextmanager
+def lock(path):
+    """Holds `path` for this process alone; the system lets go of it however the process ends."""
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"one run at a time needed, another writes in {path.parent}") from None
+        yield
 
 
-def _clear(folder):
-    """Empty the working folder, but for the lock that is held."""
-    for path in folder.glob("*"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != "lock":
-            path.unlink()
+def begin_or_go_on(folder, plan, tokenizer_folder):
+    """What is finished in the folder, as `progress.json` has it; begun where there is nothing."""
+    path = folder / "progress.json"
+    progress = json.loads(path.read_text()) if path.exists() else None
+    if progress and not progress["ended"]:
+        _refuse_other_flags(progress["plan"], plan, f"what was begun in {folder}")
+    # Flags that suffice may follow those for which the documents have ended.
+    if not progress or (progress["ended"] and progress["plan"] != plan):
+        shutil.rmtree(folder / "dataset", ignore_errors=True)
+        shutil.copytree(tokenizer_folder, folder / "dataset" / dataset.TOKENIZER)
+        progress = {"plan": plan, "files": [], "states": [State()] * plan["num_processes"], "ended": False}
+        artifacts.save_json(path, progress)
+    for half in (folder / "dataset").glob(".*.partial"):  # of a file that a kill has interrupted
+        half.unlink()
+    return progress
 
 
-def run_workers(folder, plan, stopping, show):
-    """Run all workers to their ends; returns {process: "done", "short" or "stopped"} and the last counts.
-
-    `show(counts of all processes)` is called now and then. The first error of a worker stops the others
-    and is raised.
-    """
-    context = multiprocessing.get_context("spawn")
-    stop = context.Event()
-    workers, outcome, counts, errors = {}, {}, {}, []
-    # Workers are told to stop. They inherit deaf ears; what reaches this process meanwhile comes afterwards.
+@contextmanager
+def working(folder, plan, states):
+    """The worker processes, each with the connection to it; they end with the block, whatever they are at."""
+    context, crew = multiprocessing.get_context("spawn"), []
+    # Workers inherit what is blocked: a signal to the whole group is for this process, which ends them.
+    resource_tracker.ensure_running()  # it lets signals through when it starts, which would be with the first
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
-        for process in range(plan["num_processes"]):
-            receiver, sender = context.Pipe(duplex=False)
-            arguments = (folder, plan, process, os.getpid(), sender, stop)
-            worker = context.Process(target=_worker_main, args=arguments, daemon=True)
+        for process, state in enumerate(states):
+            here, there = context.Pipe()
+            worker = context.Process(target=_work, args=(there, folder, plan, process, state), daemon=True)
             worker.start()
-            sender.close()
-            workers[receiver] = (process, worker)
+            there.close()
+            crew.append((worker, here))
+        signal.pthread_sigmask(signal.SIG_SETMASK, heard)
+        yield crew
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-    try:
-        while workers:
-            for receiver in wait(list(workers), timeout=0.2):
-                process, worker = workers[receiver]
-                try:
-                    kind, content = receiver.recv()
-                except EOFError:
-                    worker.join()
-                    del workers[receiver]
-                    if process not in outcome:
-                        errors.append(f"process {process} died ({_how(worker.exitcode)})")
-                        stop.set()
-                    continue
-                if kind == "counts":
-                    counts[process] = content
-                else:
-                    outcome[process] = kind
-                    if kind == "error":
-                        errors.append(content)
-                        stop.set()
-            show(counts)
-            if stopping():
-                stop.set()
-    finally:
-        for _process, worker in workers.values():
+        for worker, _connection in crew:
             worker.kill()
-    if errors:
-        raise InputError(
-            f"{errors[0]}. What is finished is kept in {folder}: the same command goes on from there"
-        )
-    return outcome, counts
 
 
-def _how(exitcode):
-    return f"signal {signal.Signals(-exitcode).name}" if exitcode < 0 else f"status {exitcode}"
+def deal(crew, states, wanted, watch):
+    """Batches (ids [N, T], documents [N]) of `wanted` contexts in all, fewer where the documents end before.
+
+    The workers give equal shares in turn; when one has no more documents, the others take over its share. So
+    the order depends on documents and flags alone. `states` follow; `watch(new contexts)` is called often.
+    """
+    while wanted and (at_work := [process for process, state in enumerate(states) if not state.ended]):
+        share, more = divmod(min(wanted, CONTEXTS_AT_ONCE * len(at_work)), len(at_work))
+        asked = at_work if share else at_work[:more]
+        for turn, process in enumerate(asked):
+            with suppress(BrokenPipeError):  # it has died, as will be heard
+                crew[process][1].send(share + (turn < more))
+        for process in asked:
+            ids_NT, documents_N, states[process] = _hear(process, *crew[process], watch)
+            wanted -= len(ids_NT)
+            watch(len(ids_NT))
+            if len(ids_NT):
+                yield ids_NT, documents_N
 
 
-def total(counts, key):
-    return sum(count[key] for count in counts.values())
+def _hear(process, worker, connection, watch):
+    while not connection.poll(0.2):
+        watch(0)
+    try:
+        answer = connection.recv()
+    except (EOFError, ConnectionResetError):
+        worker.join()
+        status = worker.exitcode
+        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+        raise InputError(f"process {process} died ({how})") from None
+    if isinstance(answer, str):
+        raise InputError(f"process {process}: {answer}")
+    return answer
 
 
-def _refuse_short(folder, plan, outcome, counts):
-    """The documents ended too early: remove what was written and say what would fit."""
-    short = [process for process, kind in outcome.items() if kind == "short"]
-    per_worker = plan["num_files"] // plan["num_processes"]
-    fits = min(counts[process]["contexts"] for process in short) // per_worker
+def _write_files(folder, plan, progress, stopping):
+    """Write the files that are missing, noting each in `progress` when it is finished."""
+    rows_each, states = plan["num_samples_per_file"], [State(*state) for state in progress["states"]]
+    there, start = len(progress["files"]) * rows_each, time.monotonic()
+    bar = tqdm(total=plan["num_files"] * rows_each, initial=there, unit=" contexts", smoothing=0.1)
+
+    def watch(new):
+        counts = count(states)
+        rate = (bar.n - there) * plan["min_tokens"] / (time.monotonic() - start)
+        share = counts["documents_long_enough"] / max(counts["documents"], 1)
+        said = f"{rate:,.0f} tokens/s, {share:.0%} of documents long enough"
+        bar.set_postfix_str(said, refresh=False)
+        bar.update(new)
+        if stopping():
+            raise KeyboardInterrupt
+
+    with bar, working(folder, plan, states) as crew:
+        for number in range(len(progress["files"]), plan["num_files"]):
+            path = folder / "dataset" / dataset.file_name(plan, number)
+            batches = deal(crew, states, rows_each, watch)
+            rows, *written = dataset.write_arrow(path, batches, plan["min_tokens"])
+            progress["ended"] = rows < rows_each
+            if progress["ended"]:
+                path.unlink()
+            else:
+                progress |= {"files": [*progress["files"], written], "states": list(states)}
+            artifacts.save_json(folder / "progress.json", progress)
+            if progress["ended"]:
+                raise InputError(_too_few(plan, number * rows_each + rows, count(states)))
+
+
+def _too_few(plan, contexts, counts):
+    fits = contexts // plan["num_files"]
     advice = (
-        f"num_samples_per_file {fits} would fit"
-        if fits
-        else "fewer files, --chunk_documents or a smaller --min_tokens may fit"
+        f"num_samples_per_file {fits}" if fits else "fewer files, --chunk_documents or a smaller --min_tokens"
     )
-    shutil.rmtree(folder)
-    raise InputError(
+    return (
         f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
-        f"tokens needed, the documents ended after {total(counts, 'contexts')}, of "
-        f"{total(counts, 'documents')} documents ({total(counts, 'long_enough')} long enough); {advice}"
+        f"tokens needed, the documents ended after {contexts}, of {counts['documents']} documents "
+        f"({counts['documents_long_enough']} long enough{_skipped(counts)}); "
+        f"{advice} {'would' if fits else 'may'} fit"
     )
 
 
-def write_dataset(save_path, flags, tokenizer_json, vocab_size, stopping):
+def _skipped(counts):
+    return "".join(f", {many} skipped ({why})" for why, many in counts["documents_skipped"].items())
+
+
+def _move(folder, place):
+    """The finished dataset to its place; into a folder that is there already, the info last."""
+    if place.exists():
+        for path in sorted((folder / "dataset").iterdir(), key=lambda path: path.name == dataset.INFO_FILE):
+            os.replace(path, place / path.name)
+    else:
+        os.replace(folder / "dataset", place)
+    artifacts.sync_folder(place.parent)
+    shutil.rmtree(folder)
+
+
+def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=None):
     """Write the dataset that `flags` describe to `save_path`, going on where an earlier run was.
 
-    flags: as on the command line. tokenizer_json: the text of a tokenizer.json. `stopping()` asks for an
+    flags: as on the command line. tokenizer_folder: what a fast tokenizer has saved. `stopping()` asks for an
     early end. Returns a line that says what was done, and whether it was done to the end.
     """
-    folder = working_folder(save_path)
+    place, folder = places(save_path)
     if read_finished(save_path, flags):
         shutil.rmtree(folder, ignore_errors=True)
         return f"{save_path} is complete already, made with the same flags", True
-    plan = make_plan(flags, tokenizer_json)
+    plan, start = make_plan(flags, tokenizer_folder, bos_token_id), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
-        states = start_or_resume(folder, plan, tokenizer_json)
-        rows = plan["num_files"] * plan["num_samples_per_file"]
-        there = sum(state.files * plan["num_samples_per_file"] + state.rows for state in states)
+        progress = begin_or_go_on(folder, plan, tokenizer_folder)
+        there = len(progress["files"])
         if there:
-            files = sum(state.files for state in states)
-            print(f"going on from {folder}: {files} of {plan['num_files']} files, {there} of {rows} contexts")
-        start = time.monotonic()
-        with tqdm(total=rows, initial=there, unit=" contexts", smoothing=0.1) as bar:
-
-            def show(counts):
-                rate = (bar.n - there) * plan["min_tokens"] / (time.monotonic() - start)
-                share = total(counts, "long_enough") / max(total(counts, "documents"), 1)
-                said = f"{rate:,.0f} tokens/s, {share:.0%} of documents long enough"
-                bar.set_postfix_str(said, refresh=False)
-                bar.update(max(total(counts, "contexts") - bar.n, 0))
-
-            outcome, counts = run_workers(folder, plan, stopping, show)
-        if "short" in outcome.values():
-            _refuse_short(folder, plan, outcome, counts)
-        if "stopped" in outcome.values():
-            return f"stopped; what is written is kept in {folder}, the same command goes on from there", False
-        info = dataset.write_info(folder / "dataset", plan, dataset.load_states(folder, plan), vocab_size)
-        os.replace(folder / "dataset", save_path)
-        shutil.rmtree(folder)
+            print(f"going on from {folder}: {there} of {plan['num_files']} files")
+        try:
+            if there < plan["num_files"]:
+                _write_files(folder, plan, progress, stopping)
+        except KeyboardInterrupt:
+            done = f"{len(progress['files'])} of {plan['num_files']} files"
+            return (
+                f"stopped; {done} are finished and kept in {folder}, the same command goes on from there",
+                False,
+            )
+        except (InputError, OSError) as err:
+            again = "" if progress["ended"] else ": the same command goes on from there"
+            raise InputError(f"{err}. What is finished is kept in {folder}{again}") from err
+        counts = count([State(*state) for state in progress["states"]])
+        dataset.write_info(folder / "dataset", plan, progress["files"], counts)
+        _move(folder, place)
     seconds = time.monotonic() - start
-    skipped = "".join(f", {count} skipped ({why})" for why, count in info["documents_skipped"].items())
+    new = (plan["num_files"] - there) * plan["num_samples_per_file"] * plan["min_tokens"]
+    rows = plan["num_files"] * plan["num_samples_per_file"]
     said = (
         f"wrote {rows} contexts of {plan['min_tokens']} tokens in {plan['num_files']} files to {save_path} "
-        f"in {seconds:.1f} s ({(rows - there) * plan['min_tokens'] / seconds:,.0f} tokens/s); "
-        f"{info['documents']} documents, {info['documents_long_enough']} long enough{skipped}"
+        f"in {seconds:.1f} s ({new / seconds:,.0f} tokens/s); "
+        f"{counts['documents']} documents, {counts['documents_long_enough']} long enough{_skipped(counts)}"
     )
     return said, True

@@ -1,0 +1,166 @@
+"""The rows of one data file: parquet, Arrow, JSON, csv or tsv; packed or not; on disk, the web or the hub."""
+
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import time
+import zipfile
+import zlib
+from functools import partial
+from itertools import chain
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+ROWS_AT_ONCE = 64
+STALL_S = 60
+BLOCK_TRIES = 4  # of a block from a web server, before the whole file is begun again
+# What a file that is torn, damaged or of another kind raises in one of the libraries that read it.
+BROKEN = (
+    OSError, ValueError, EOFError, NotImplementedError,
+    zlib.error, lzma.LZMAError, zipfile.BadZipFile, csv.Error,
+)  # fmt: skip
+
+
+class Skipped(NamedTuple):
+    """A document that holds no usable text, and why."""
+
+    reason: str
+
+
+def kind(path):
+    """The ending that says what a file holds: `jsonl` for `a.jsonl.gz`."""
+    if "://" in str(path):
+        path = str(path).split("?")[0]
+    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
+    return next((suffix[1:] for suffix in reversed(suffixes) if suffix not in PACKINGS), "")
+
+
+def read_rows(path, columns=None):
+    """The rows of a file or address as dicts, with `columns` at least; Skipped for what is no row."""
+    for stream in _streams(path):
+        yield from READERS[kind(path)](stream, columns)
+
+
+def _streams(path):
+    """The binary stream of an unpacked file; of a zip archive, that of each file in it."""
+    packing = PurePosixPath(path.split("?")[0] if "://" in path else path).suffix.lower()
+    with _open_address(path) if "://" in path else open(path, "rb") as handle:
+        if packing == ".zip":
+            with zipfile.ZipFile(handle) as archive:
+                for name in archive.namelist():
+                    if not name.endswith("/") and not name.startswith("__MACOSX"):
+                        with archive.open(name) as member:
+                            yield member
+        else:
+            with PACKINGS.get(packing, io.BufferedReader)(handle) as stream:
+                yield stream
+
+
+def _unzstd(handle):
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.CompressedInputStream(handle, "zstd"))
+
+
+def _open_address(address):
+    import aiohttp
+    import fsspec
+
+    timeout = aiohttp.ClientTimeout(sock_connect=STALL_S, sock_read=STALL_S)
+    options = {"client_kwargs": {"timeout": timeout}} if address.startswith("http") else {}
+    handle = fsspec.open(address, "rb", **options).open()
+    fetch = getattr(getattr(handle, "cache", None), "fetcher", None)
+    if fetch and address.startswith("http"):  # the hub's own client tries again by itself
+        handle.cache.fetcher = partial(_fetch_patiently, fetch)
+    return handle
+
+
+def _fetch_patiently(fetch, start, end):
+    import aiohttp
+
+    for _try in range(BLOCK_TRIES - 1):
+        try:
+            return fetch(start, end)
+        except (OSError, aiohttp.ClientError):
+            time.sleep(1)
+    return fetch(start, end)
+
+
+def _parquet_rows(stream, columns):
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(stream)
+    names = _readable(file.schema_arrow, columns)
+    for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
+        yield from _dicts(batch, None if columns else file.schema_arrow)
+
+
+def _arrow_rows(stream, columns):
+    import pyarrow as pa
+
+    is_file = stream.read(6) == b"ARROW1"
+    stream.seek(0)
+    reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
+    names = _readable(reader.schema, columns)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    for batch in batches:
+        for start in range(0, len(batch), ROWS_AT_ONCE):
+            yield from _dicts(
+                batch.slice(start, ROWS_AT_ONCE).select(names), None if columns else reader.schema
+            )
+
+
+def _readable(schema, columns):
+    """Of `columns` those there are; where they are not known, all that can hold text (no images)."""
+    import pyarrow as pa
+
+    heavy = (pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary)
+    return [
+        field.name
+        for field in schema
+        if (field.name in columns if columns else not any(test(field.type) for test in heavy))
+    ]
+
+
+def _dicts(batch, schema):
+    """Rows; given the file's schema, a column that was not read holds bytes, which are no text."""
+    rows = batch.to_pylist() if batch.num_columns else [{}] * len(batch)
+    return [dict.fromkeys(schema.names, b"") | row for row in rows] if schema else rows
+
+
+def _json_rows(stream, _columns):
+    first = next((line for line in stream if line.strip()), b"").removeprefix(b"\xef\xbb\xbf")
+    if first.lstrip().startswith(b"[") or first.strip() == b"{":  # one value over many lines
+        content = json.loads(first + stream.read())
+        yield from content if isinstance(content, list) else [content]
+        return
+    for line in chain([first], stream):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+            if not line.strip():
+                continue
+        yield row if isinstance(row, dict) else Skipped("no JSON object")
+
+
+def _csv_rows(stream, _columns, delimiter=","):
+    csv.field_size_limit(2**31 - 1)
+    # What is not UTF-8 becomes half of a surrogate pair, and the text is skipped as no Unicode.
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    yield from csv.DictReader(text, delimiter=delimiter)
+
+
+def _lines(stream, _columns):
+    for line in stream:
+        yield {"text": line.decode(errors="surrogateescape")}
+
+
+READERS = {
+    "parquet": _parquet_rows, "arrow": _arrow_rows, "jsonl": _json_rows, "ndjson": _json_rows,
+    "json": _json_rows, "csv": _csv_rows, "tsv": partial(_csv_rows, delimiter="\t"), "txt": _lines,
+}  # fmt: skip
+PACKINGS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _unzstd, ".zip": None}

@@ -1,0 +1,132 @@
+"""The dataset on disk: what opens, what it holds, whose tokenizer made it."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import write_dataset
+from tokenising import write
+from tokenizers import Tokenizer
+
+from sae import InputError
+from sae.tokens import dataset as tokens
+
+
+def test_a_dataset_that_is_none_is_refused(tmp_path, small_dataset):
+    dataset, info = tokens.open_dataset(small_dataset)
+    assert len(dataset) == info["rows"]
+    folder = write_dataset(tmp_path / "other", [[1, 2, 3]] * 4, [0, 0, 1, 1], "some tokenizer")
+    info_path = tmp_path / "other" / tokens.INFO_FILE
+    info = json.loads(info_path.read_text())
+    for change, words in (
+        ({"rows": 5}, "5 contexts of 3"),
+        ({"min_tokens": 4}, "of 3"),
+        ({"vocab_size": "9"}, "vocab"),
+    ):
+        info_path.write_text(json.dumps(info | change))
+        with pytest.raises(InputError, match=words):
+            tokens.open_dataset(folder)
+    for content in ("[]", "{", "{}"):
+        info_path.write_text(content)
+        with pytest.raises(InputError):
+            tokens.open_dataset(folder)
+    with pytest.raises(InputError, match="no such folder"):
+        tokens.open_dataset(tmp_path / "nowhere")
+
+
+def test_contexts_are_read_in_the_order_asked_for(tmp_path):
+    dataset, _info = tokens.open_dataset(
+        write_dataset(tmp_path / "d", [[n, n + 10, n + 20] for n in range(5)], range(5), "some tokenizer")
+    )
+    batches = [ids_BT.tolist() for ids_BT in tokens.read_contexts(dataset, [4, 0, 3], 2, num_tokens=2)]
+    assert batches == [[[4, 14], [0, 10]], [[3, 13]]]
+
+
+def test_a_file_of_contexts_and_its_fingerprint(tmp_path):
+    ids_NT, documents_N = np.arange(12, dtype=np.int32).reshape(4, 3), np.array([0, 0, 5, 9])
+    whole = tokens.write_arrow(tmp_path / "whole.arrow", [(ids_NT, documents_N)], 3)
+    halves = [(ids_NT[:1], documents_N[:1]), (ids_NT[1:], documents_N[1:])]
+    assert tokens.write_arrow(tmp_path / "halves.arrow", halves, 3) == whole
+    hashes = [hashlib.sha256(array.tobytes()).digest() for array in (ids_NT, documents_N)]
+    assert whole == (4, hashlib.sha256(hashes[0] + hashes[1]).hexdigest(), 11)
+    read = datasets.Dataset.from_file(str(tmp_path / "halves.arrow"))
+    assert read["input_ids"][:] == ids_NT.tolist() and read["document"][:] == documents_N.tolist()
+    assert tokens.write_arrow(tmp_path / "other.arrow", [(ids_NT, documents_N + 1)], 3)[1] != whole[1]
+
+
+def test_the_fingerprint_of_a_tokenizer_is_that_of_its_vocabulary(tokenizer_copy):
+    text = (Path(tokenizer_copy) / "tokenizer.json").read_text()
+    spec = json.loads(text)
+    fingerprint = tokens.tokenizer_fingerprint(text)
+    # As other versions of the library spell the same tokenizer.
+    merges = [" ".join(m) if isinstance(m, list) else m for m in spec["model"]["merges"]]
+    model = spec["model"] | {"merges": merges, "new_setting": None}
+    model["vocab"] = dict(sorted(model["vocab"].items()))
+    added = [{"id": each["id"], "content": each["content"]} for each in spec["added_tokens"][::-1]]
+    other = {"added_tokens": added, "model": model, "truncation": {"max_length": 3}}
+    assert tokens.tokenizer_fingerprint(json.dumps(other, indent=3)) == fingerprint
+    model["merges"] = [merge.split(" ") for merge in merges]
+    assert tokens.tokenizer_fingerprint(json.dumps(other)) == fingerprint
+    # Another one: two tokens change places, a merge fewer, a token more.
+    vocab = model["vocab"]
+    first, second = list(vocab)[1000:1002]
+    for change in (
+        {"vocab": vocab | {first: vocab[second], second: vocab[first]}},
+        {"merges": merges[:-1]},
+        {"vocab": vocab | {"new token": len(vocab)}},
+    ):
+        assert tokens.tokenizer_fingerprint(json.dumps(other | {"model": model | change})) != fingerprint
+    unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}
+    swapped = unigram | {"vocab": unigram["vocab"][::-1]}
+    both = [
+        tokens.tokenizer_fingerprint(json.dumps({"added_tokens": [], "model": m})) for m in (unigram, swapped)
+    ]
+    assert both[0] != both[1]
+
+
+def _other_tokenizer(folder, tokenizer_copy):
+    """SmolLM2's tokenizer with two tokens in each other's places: the same size, another meaning."""
+    shutil.copytree(tokenizer_copy, folder)
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    vocab = spec["model"]["vocab"]
+    first, second = list(vocab)[1000:1002]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    return folder
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(tmp_path, tokenizer_copy, stdlib, tiny_llama, capsys):
+    write(tmp_path / "out", tokenizer_copy, dataset_name=stdlib, tokenizer_name="some/name")
+    _dataset, info = tokens.open_dataset(tmp_path / "out")
+    tokens.check_tokenizer(info, tokenizer_copy)
+    tokens.check_tokenizer(info, tiny_llama)
+    other = _other_tokenizer(tmp_path / "other", tokenizer_copy)
+    with pytest.raises(InputError, match=r"other.*some/name.*--allow_other_tokenizer"):
+        tokens.check_tokenizer(info, str(other))
+    tokens.check_tokenizer(info, str(other), allow_other=True)
+    # Version 0.1 took the fingerprint of a file, which another version of a library writes otherwise.
+    tokens.check_tokenizer(info | {"tokenizer_fingerprint": "0123456789abcdef"}, str(other))
+    tokens.check_tokenizer({"tokenizer_name": "some/name"}, str(other))
+    (tmp_path / "none").mkdir()
+    tokens.check_tokenizer(info, str(tmp_path / "none"))
+    assert "has no tokenizer to compare" in capsys.readouterr().out
+
+
+def test_the_tokenizers_own_copy_is_preferred_to_its_name(tmp_path, tokenizer_copy, stdlib, monkeypatch):
+    write(tmp_path / "out", tokenizer_copy, dataset_name=stdlib, tokenizer_name="./not/here")
+    _dataset, info = tokens.open_dataset(tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    loaded = tokens.load_tokenizer("out", info)
+    assert (
+        loaded("import os")["input_ids"]
+        == Tokenizer.from_file(f"{tokenizer_copy}/tokenizer.json").encode("import os").ids
+    )
+    assert loaded.chat_template
+    shutil.rmtree(tmp_path / "out" / "tokenizer")
+    with pytest.raises(InputError, match="not/here"):
+        tokens.load_tokenizer("out", info)
+    assert len(tokens.load_tokenizer("out", info | {"tokenizer_name": tokenizer_copy})) == 49152
