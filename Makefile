@@ -48,12 +48,15 @@ explainer: inputs/.done
 	$(BIN)/python experiments/fetch_inputs.py inputs --explainer inputs/parts
 	rm -rf inputs/parts
 
-# The browser that opens the feature report in the tests; without it those tests say that they are skipped.
+# The browser that opens the feature report in the tests, and what checks its accessibility there; without them
+# those tests say that they are skipped.
 browser:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium chromium-driver; \
 	fi
+	@test -e .cache/axe/node_modules/axe-core || ! command -v npm >/dev/null || \
+		npm install --silent --no-audit --no-fund --no-save --prefix .cache/axe axe-core@4.14.1
 
 # Against the real sae-lens, in an environment of its own; not part of `make test`.
 interop: inputs/.done .venv-interop/.done

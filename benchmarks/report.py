@@ -2,8 +2,9 @@
 
     HF_HUB_OFFLINE=1 python benchmarks/report.py --tokenizer inputs/smollm2 --corpus inputs/stdlib
 
-The contexts are real source code; which of them belong to which feature, and where it fires, is drawn. Needs
-Chromium and its driver (Debian: apt install chromium chromium-driver).
+The contexts are real source code; which of them belong to which feature, where it fires and what was
+simulated is drawn. Every feature is explained, with 20 contexts shown and 20 scored. Needs Chromium and its
+driver (Debian: apt install chromium chromium-driver).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "report")]
 
 
 def write_inputs(folder, tokenizer_name, corpus, num_features, length, rows=30_000):
@@ -26,6 +27,7 @@ def write_inputs(folder, tokenizer_name, corpus, num_features, length, rows=30_0
     from conftest import write_dataset
 
     from sae.artifacts import fingerprint
+    from sae.explanations import token_texts
     from sae.models import load_tokenizer
     from sae.samples import Samples, save_samples
 
@@ -51,11 +53,20 @@ def write_inputs(folder, tokenizer_name, corpus, num_features, length, rows=30_0
     )  # fmt: skip
     save_samples(folder / "samples.pt", samples)
     made_from = fingerprint(folder / "samples.pt")
+    texts = [token_texts(tokenizer, row) for row in ids]
     with open(folder / "samples.explanations.jsonl", "w") as handle:
-        for dim in range(num_features):
+        for dim, rows_K in enumerate(samples.rows.tolist()):
             text = f"the {dim}th thing that a made-up feature might fire on in a file of source code"
-            examples = [tokenizer.decode(ids[dim * 3 % len(ids) + i]) for i in range(3)]
-            document = {"dim": dim, "interpretation": text, "score": dim % 97 / 97, "examples": examples}
+            contexts = [{"row": row, "text": "".join(texts[row]), "marks": []} for row in rows_K]
+            simulated = torch.rand(20, length, generator=rng) ** 8
+            document = {
+                "dim": dim, "interpretation": text, "score": dim % 97 / 97, "control": 0.01, "counting": 0.5,
+                "explained_by": ("counted", "text", "lines")[dim % 3], "interval": [0.1, 0.9],
+                "candidates": [{"interpretation": text, "explained_by": hand, "judged": 0.5}
+                               for hand in ("counted", "text", "lines")],
+                "shown": contexts[:20], "scored": contexts[20:24] + contexts[36:],
+                "simulated": [[round(value, 3) for value in row] for row in simulated.tolist()],
+            }  # fmt: skip
             handle.write(json.dumps(document | {"samples_fingerprint": made_from}) + "\n")
 
 
@@ -82,7 +93,7 @@ def main():
             with chromium() as browser:
                 browser.get((folder / "report.html").as_uri())
                 browser.set_script_timeout(30)
-                browser.execute_async_script("contexts().then(arguments[0].bind(null, 1))")
+                browser.execute_async_script("contexts(runs[0]).then(arguments[0].bind(null, 1))")
                 marks = browser.execute_script(
                     "const marks = performance.getEntriesByType('mark');"
                     "return Object.fromEntries(marks.map((mark) => [mark.name, mark.startTime]))"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "report")]
 
 
 def main():
@@ -30,13 +30,13 @@ def main():
             """const box = document.getElementById("search");
             box.value = arguments[0];
             box.dispatchEvent(new Event("input"));
-            const dim = arguments[1] ?? (arguments[0] && shown[0]?.dim);
-            if (dim) location.hash = `#f${dim}`;""",
+            const id = arguments[1] != null ? `f${arguments[1]}` : arguments[0] && shown[0]?.id;
+            if (id) location.hash = `#${id}`;""",
             args.search,
             args.feature,
         )
         browser.set_script_timeout(60)
-        browser.execute_async_script("contexts().then(arguments[0].bind(null, 1))")
+        browser.execute_async_script("contexts(runs[0]).then(arguments[0].bind(null, 1))")
         time.sleep(0.5)  # the contexts are painted
         browser.save_screenshot(args.out)
     # Text on two grounds needs few colours: a quarter of the size.

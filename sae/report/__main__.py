@@ -1,6 +1,7 @@
-"""The feature browser: everything there is to see about a run, in one HTML file that needs nothing else.
+"""The feature browser: everything there is to see about one run or several, in one HTML file.
 
 python -m sae.report samples.pt --dataset_path tokens --autoencoder_path runs/layer10/50000.pt
+python -m sae.report layer4.pt layer10.pt layer20.pt --dataset_path tokens
 """
 
 from sae import cli
@@ -11,28 +12,24 @@ def parse_args():
     parser = cli.Parser(__doc__)
     parser.prog = "python -m sae.report"
     add = parser.add_argument
-    add("samples", type=cli.path, help="interpretation samples (.pt)")
     add(
-        "--dataset_path",
+        "samples",
         type=cli.path,
-        default="./tokenized_dataset",
-        help="dataset that the samples were taken of",
+        nargs="+",
+        help="interpretation samples (.pt), one file or several of one dataset",
     )
     add(
-        "--explanations",
-        type=cli.path,
-        help="journal; default: <samples stem>.explanations.jsonl, where there is one",
+        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="dataset that they were taken of"
     )
-    add(
-        "--autoencoder_path",
-        type=cli.path,
-        help="checkpoint of the samples; default: the one they name, where it still is",
-    )
-    add(
-        "--metrics",
-        type=cli.path,
-        help="metrics.jsonl of the training run; default: the one beside the checkpoint",
-    )
+    for flag, help in (
+        ("--explanations", "journal of each; default: <samples stem>.explanations.jsonl, where there is one"),
+        (
+            "--autoencoder_path",
+            "checkpoint of each; default: the one that the samples name, where it still is",
+        ),
+        ("--metrics", "metrics.jsonl of each training run; default: the one beside the checkpoint"),
+    ):
+        add(flag, type=cli.path, nargs="+", help=help)
     add("--contexts", type=cli.whole_number(1), default=12, help="of each kind; fewer to stay under 30 MB")
     add("--out", type=cli.path, default="report.html", help="HTML file to write")
     return parser, parser.parse_args()

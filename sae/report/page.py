@@ -1,8 +1,8 @@
-"""The feature browser: everything there is to see about a run, in one HTML file that needs nothing else.
+"""The feature browser: everything there is to see about one run or several, in one HTML file.
 
-    python -m sae.report samples.pt --dataset_path tokens --autoencoder_path runs/layer10/50000.pt
-
-Dims: F features of the samples, K contexts kept of each, T tokens of a context, C distinct contexts.
+This module gathers, page.js shows. Dims: F features of the samples, K contexts kept of each, T tokens of a
+context, C distinct contexts, N pairs of a feature and one of its contexts that the page holds, S of them with
+simulated activations.
 """
 
 import base64
@@ -10,15 +10,38 @@ import gzip
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from sae import InputError
 
 TOP, SPREAD, RANDOM = 0, 1, 2  # as in sae.samples, which would import torch
+SHOWN, SCORED, SIMULATED = (
+    1,
+    2,
+    3,
+)  # what a context served for; SIMULATED: scored, and its simulation is known
 MOST_BYTES = 29_000_000
-NONE = 2**32 - 1
-EXPLANATION = ("interpretation", "score", "score_reason", "interval", "control", "control_dim", "examples")
+# Of a document: what the page has from elsewhere, or has no use for.
+LEFT_OUT = {
+    "dim", "shown", "scored", "simulated", "tokens", "settings", "time", "layer", "layer_type", "model",
+    "hookpoint", "log10_frequency", "max_activation", "samples_fingerprint", "dataset_fingerprint",
+    "autoencoder_fingerprint",
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    """One samples file and what belongs to it."""
+
+    samples: object  # sae.samples.Samples
+    journal: dict  # {feature: its document}
+    near: list | None  # as from `nearest`
+    metrics: dict
+    context_FK: np.ndarray  # index into tokens_CT, -1 for none
+    tokens_CT: np.ndarray  # index into `texts`
+    texts: list  # of the tokens that occur
+    effects: list  # per feature its promoted and its suppressed tokens: [(index into `texts`, logit), ...]
 
 
 def top_tokens(ids_KT, acts_KT, count=10):
@@ -46,28 +69,6 @@ def nearest(W_dec, features, count=6):
     return found
 
 
-def histogram(log10_frequency, band, bins=60):
-    """A chart in percent of its box: bars (x, width, height, label), band (x, width), ticks (x, label)."""
-    alive = log10_frequency[np.isfinite(log10_frequency)]
-    low = float(np.floor(alive.min(initial=-1.0)))
-    counts, edges = np.histogram(alive, bins=bins, range=(low, 0.0))
-
-    def place(value):
-        return round(100 * (min(max(value, low), 0.0) - low) / -low, 3)
-
-    bars = [
-        (
-            place(edge),
-            100 / bins,
-            100 * int(n) / max(1, counts.max()),
-            f"{n} features, from {10**edge:.2%} on",
-        )
-        for n, edge in zip(counts, edges[:-1], strict=True)
-    ]
-    ticks = [(place(power), f"{100 * 10.0**power:g}%") for power in range(int(low), 1)]
-    return {"bars": bars, "ticks": ticks, "band": band and (place(band[0]), place(band[1]) - place(band[0]))}
-
-
 def columns_shown(kind_K, most):
     """Which of the K columns to show: up to `most` of each kind, of the spread ones at even steps."""
     shown = []
@@ -78,18 +79,89 @@ def columns_shown(kind_K, most):
     return np.concatenate(shown)
 
 
-def pack(context_FK, acts_FKT, max_F, tokens_CT):
-    """The contexts as base64 of gzip, and how many distinct ones: all that `page.html.jinja` unpacks.
+def tokens_read(texts, text, skip):
+    """Which of the tokens `texts` an interpreter read that was given `text`: (first, end)."""
+    at, ends = (
+        "".join(texts).find(text, sum(map(len, texts[:skip]))),
+        np.cumsum([len(text) for text in texts]),
+    )
+    if at < 0:
+        return skip, len(texts)
+    return int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, at + len(text))) + 1
 
-    Inside, one after the other, little-endian: uint32 [F, K] context (NONE: missing), uint32 [C, T] token,
-    uint8 [F, K, T] activation in 255ths of the feature's maximum (what fires is at least 1).
+
+def roles(run):
+    """What the contexts served for [F, K] (0: nothing), which tokens were read of each [F, K, 2], and
+    {(f, k): simulated activations [T], in 255ths of the range that they have over the feature's contexts}."""
+    rows_FK, skip = run.samples.rows.numpy(), run.samples.config.get("skip_positions", 0)
+    length, simulated = run.tokens_CT.shape[1], {}
+    role_FK, read_FK2 = np.zeros(rows_FK.shape, "u1"), np.full((*rows_FK.shape, 2), (skip, length), "<u2")
+    for f, dim in enumerate(run.samples.features.tolist()):
+        document = run.journal.get(dim, {})
+        shown = [(SHOWN, context, None) for context in document.get("shown") or ()]
+        scored = document.get("scored") or []
+        values = document.get("simulated") or [[]] * len(scored)
+        low, high = (limit((value for part in values for value in part), default=0) for limit in (min, max))
+        for role, context, simulation in shown + list(
+            zip([SCORED] * len(scored), scored, values, strict=True)
+        ):
+            for k in np.flatnonzero(rows_FK[f] == context["row"])[:1]:
+                texts = [run.texts[token] for token in run.tokens_CT[run.context_FK[f, k]]]
+                first, end = read_FK2[f, k] = tokens_read(texts, context["text"], skip)
+                role_FK[f, k] = role
+                if simulation and len(simulation) == end - first:
+                    role_FK[f, k], simulated[f, k] = SIMULATED, np.zeros(length, "u1")
+                    simulated[f, k][first:end] = (np.array(simulation) - low) * (255 / max(high - low, 1e-12))
+    return role_FK, read_FK2, simulated
+
+
+def pack(run, role_FK, read_FK2, simulated, contexts):
+    """The contexts as base64 of gzip, and the sizes that page.js needs to unpack them.
+
+    Inside, one after the other, little-endian: uint32 [F + 1] where the pairs of each feature begin, uint32
+    [N] context, uint32 [C, T] token, uint16 [N, 2] tokens read, uint8 [N] kind, uint8 [N] role, uint8 [N, T]
+    activation in 255ths of the feature's maximum (what fires is at least 1), uint8 [S, T] simulated.
     """
-    used = np.unique(context_FK[context_FK >= 0])
-    places_FK = np.where(context_FK >= 0, np.searchsorted(used, context_FK), NONE).astype("<u4")
-    scaled_FKT = acts_FKT.astype("float32") * (255 / np.maximum(max_F, 1e-12))[:, None, None]
-    bytes_FKT = np.where(scaled_FKT > 0, scaled_FKT.round().clip(1, 255), 0).astype("u1")
-    raw = places_FK.tobytes() + tokens_CT[used].astype("<u4").tobytes() + bytes_FKT.tobytes()
-    return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode(), len(used)
+    kind_FK, acts_FKT = run.samples.kind.numpy(), run.samples.activations.numpy()
+    chosen_FK = np.zeros(kind_FK.shape, bool)
+    chosen_FK[:, columns_shown(kind_FK[0], contexts)] = True
+    for role in (SHOWN, SCORED, SIMULATED):
+        chosen_FK |= (role_FK == role) & ((role_FK == role).cumsum(1) <= 2 * contexts)
+    chosen_FK &= run.context_FK >= 0
+    f_N, k_N = np.nonzero(chosen_FK)
+    used_C, place_N = np.unique(run.context_FK[f_N, k_N], return_inverse=True)
+    scale_F = 255 / np.maximum(run.samples.max_activation.numpy(), 1e-12)
+    scaled_NT = acts_FKT[f_N, k_N].astype("float32") * scale_F[f_N, None]
+    parts = [
+        np.append(0, chosen_FK.sum(1).cumsum()).astype("<u4"), place_N.astype("<u4"),
+        run.tokens_CT[used_C].astype("<u4"), read_FK2[f_N, k_N], kind_FK[f_N, k_N].astype("u1"),
+        role_FK[f_N, k_N], np.where(scaled_NT > 0, scaled_NT.round().clip(1, 255), 0).astype("u1"),
+        *(simulated[pair] for pair in zip(f_N, k_N, strict=True) if pair in simulated),
+    ]  # fmt: skip
+    packed = gzip.compress(b"".join(part.tobytes() for part in parts), 6, mtime=0)
+    sizes = {"pairs": len(f_N), "distinct": len(used_C), "length": acts_FKT.shape[2]}
+    return base64.b64encode(packed).decode(), sizes
+
+
+def content(run):
+    """What page.js reads about a run, but for its contexts."""
+    samples, skip, features = run.samples, run.samples.config.get("skip_positions", 0), []
+    for f, dim in enumerate(samples.features.tolist()):
+        kept = run.context_FK[f] >= 0
+        acts_KT = samples.activations[f].numpy()[kept, skip:]
+        tokens = top_tokens(run.tokens_CT[run.context_FK[f][kept], skip:], acts_KT)
+        share, peak = 10 ** samples.log10_frequency[dim].item(), samples.max_activation[f].item()
+        document = {key: value for key, value in run.journal.get(dim, {}).items() if key not in LEFT_OUT}
+        features.append((dim, float(f"{share:.4g}"), float(f"{peak:.4g}"), tokens, run.effects[f], document))
+    frequency = samples.log10_frequency.numpy()
+    alive = frequency[np.isfinite(frequency)]
+    counts, edges = np.histogram(alive, bins=60, range=(np.floor(alive.min(initial=-1.0)), 0.0))
+    facts = {"autoencoder": samples.autoencoder_fingerprint, "dataset": samples.dataset_fingerprint}
+    return {
+        "config": samples.config, "metrics": run.metrics, "features": features, "near": run.near,
+        "tokens": run.texts, "seen": samples.num_tokens_seen, "dead": len(frequency) - len(alive),
+        "counts": counts.tolist(), "lowest": float(edges[0]), "fingerprints": facts,
+    }  # fmt: skip
 
 
 def as_data(content):
@@ -98,58 +170,30 @@ def as_data(content):
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def render(samples, context_FK, tokens_CT, texts, journal, near, metrics, contexts, most_bytes=MOST_BYTES):
-    """The page, as text.
-
-    context_FK: index into tokens_CT, -1 for none; tokens_CT: index into `texts`; journal: {feature: its
-    document}; near: as from `nearest`, or None; contexts: shown of each kind, fewer where the page would
-    pass most_bytes.
-    """
-    import jinja2
+def render(runs, contexts, most_bytes=MOST_BYTES):
+    """The page, as text; `contexts`: shown of each kind, fewer where the page would pass `most_bytes`."""
     from markupsafe import Markup
 
-    config, skip = samples.config, samples.config.get("skip_positions", 0)
-    acts_FKT, kind_K = samples.activations.numpy(), samples.kind[0].numpy()
-    features, max_F = samples.features.tolist(), samples.max_activation.numpy()
-    rows = []
-    for f, dim in enumerate(features):
-        kept = context_FK[f] >= 0
-        tokens = top_tokens(tokens_CT[context_FK[f][kept], skip:], acts_FKT[f, kept, skip:])
-        share = 10 ** float(samples.log10_frequency[dim])
-        rows.append((dim, float(f"{share:.4g}"), float(f"{max_F[f]:.4g}"), tokens))
-    keys = (*EXPLANATION, "interpretation_model", "simulation")
-    explained = {dim: {key: journal[dim].get(key) for key in keys} for dim in features if dim in journal}
-    data = {"features": rows, "near": near, "explained": explained, "tokens": texts, "skip": skip}
+    from sae.export import template
+
+    served, data = [roles(run) for run in runs], [content(run) for run in runs]
     while True:
-        shown = columns_shown(kind_K, contexts)
-        packed, distinct = pack(context_FK[:, shown], acts_FKT[:, shown], max_F, tokens_CT)
-        data |= {"distinct": distinct, "kinds": kind_K[shown].tolist(), "length": acts_FKT.shape[2]}
-        text = as_data(data)
-        if contexts == 1 or len(text) + len(packed) <= most_bytes:
+        packed = [pack(run, *parts, contexts) for run, parts in zip(runs, served, strict=True)]
+        text = as_data([about | sizes for about, (_, sizes) in zip(data, packed, strict=True)])
+        if contexts == 1 or len(text) + sum(len(contents) for contents, _ in packed) <= most_bytes:
             break
         contexts = contexts * 3 // 4
-
-    frequency = samples.log10_frequency.numpy()
-    band = (config["log_freq_lower"], config["log_freq_upper"]) if "log_freq_lower" in config else None
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
+    script, style = (Path(__file__).with_name(name).read_text() for name in ("page.js", "page.css"))
     # The content security policy lets the page's own script run and nothing else.
-    environment.filters["csp"] = lambda text: base64.b64encode(
-        hashlib.sha256(text.encode()).digest()
-    ).decode()
-    return environment.get_template("page.html.jinja").render(
-        samples=samples, config=config, model=Path(config["model_name"]).name, metrics=metrics, band=band,
-        chart=histogram(frequency, band), dead=int((~np.isfinite(frequency)).sum()), count=len(features),
-        explained=len(explained), data=Markup(text), packed=packed,
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return template("report/page.html.jinja").render(
+        config=runs[0].samples.config, data=Markup(text), packs=[contents for contents, _ in packed],
+        script=Markup(script), style=Markup(style), digest=digest,
     )  # fmt: skip
 
 
-def build(
-    samples_path, dataset_path, explanations=None, autoencoder_path=None, metrics_path=None, contexts=12
-):
-    """The page of a samples file and what belongs to it. InputError for what was made from something else."""
+def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics_path):
+    """The Run of a samples file and what belongs to it. InputError for what was made from something else."""
     from sae.artifacts import check_origin, fingerprint
     from sae.autoencoder import load_checkpoint
     from sae.explanations import read_journal, token_texts
@@ -178,12 +222,40 @@ def build(
     for made_from in {document.get("samples_fingerprint") for document in journal.values()}:
         check_origin(f"the journal {explanations}", made_from, fingerprint(samples_path), samples_path)
 
-    rows_FK = samples.rows.numpy()
+    rows_FK, length = samples.rows.numpy(), samples.activations.shape[2]
     rows_C = np.unique(rows_FK[rows_FK >= 0])
     context_FK = np.where(rows_FK >= 0, np.searchsorted(rows_C, rows_FK), -1)
-    length = samples.activations.shape[2]
     ids_CT = np.concatenate([ids.numpy() for ids in read_contexts(dataset, rows_C, 1024, length)])
-    ids, tokens_CT = np.unique(ids_CT, return_inverse=True)
+    # Samples of version 0.1, and of models whose way to the logits is not known, have no such tokens.
+    moved = [
+        (getattr(samples, key, None), getattr(samples, f"{key}_logits", None))
+        for key in ("promoted", "suppressed")
+    ]
+    moved = [(ids_FL.numpy(), logits_FL.tolist()) for ids_FL, logits_FL in moved if ids_FL is not None]
+    ids = np.unique(np.concatenate([ids_CT.ravel(), *(ids_FL.ravel() for ids_FL, _ in moved)]))
+    effects = [
+        [
+            list(zip(np.searchsorted(ids, ids_FL[f]).tolist(), logits_FL[f], strict=True))
+            for ids_FL, logits_FL in moved
+        ]
+        for f in range(len(rows_FK))
+    ]
     texts = token_texts(load_tokenizer(dataset_path, info), ids.tolist())
-    tokens_CT = tokens_CT.reshape(ids_CT.shape)
-    return render(samples, context_FK, tokens_CT, texts, journal, near, metrics, contexts)
+    return Run(samples, journal, near, metrics, context_FK, np.searchsorted(ids, ids_CT), texts, effects)
+
+
+def build(samples, dataset_path, explanations=None, autoencoder_path=None, metrics=None, contexts=12):
+    """The page of the files `samples`; what belongs to each, in order, is found where it is not given."""
+    found = []
+    for flag, given in {
+        "explanations": explanations,
+        "autoencoder_path": autoencoder_path,
+        "metrics": metrics,
+    }.items():
+        if given and len(given) != len(samples):
+            raise InputError(f"--{flag} of each samples file needed, {len(samples)}, got {len(given)}")
+        found.append(given or [None] * len(samples))
+    return render(
+        [open_run(*paths) for paths in zip(samples, [dataset_path] * len(samples), *found, strict=True)],
+        contexts,
+    )
