@@ -198,6 +198,20 @@ def test_a_server_that_stays_away_costs_no_explanation(run, server, undisturbed)
     assert stored(server) == undisturbed
 
 
+def test_ctrl_c_ends_the_waiting_for_a_server_that_stays_away(run, server, undisturbed):
+    process = run.start(server.url, server_patience=600)
+    run.wait_for_lines(process, 6)
+    server.kill()
+    run.wait_for_lines(process, FEATURES)
+    time.sleep(2)
+    begun = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    status, said = run.finish(process, timeout=60)
+    assert time.monotonic() - begun < 20
+    assert status != 0 and "documents unsent" in said and "the same command sends them" in said, said
+    assert run.documents() == undisturbed
+
+
 def test_every_http_fault_in_turn(run, server, undisturbed):
     kinds = [dropped, lambda _r: refusal(429, "full"), lambda _r: refusal(503, "no master"), slow(1)]
     bulks = []
