@@ -62,6 +62,12 @@ def parse_args():
     add("--seed", type=cli.SEED, default=0, help="of the data's order, the first weights and the revivals")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     add("--skip_positions", type=count, default=0, help="leave out the first N tokens of every context")
+    add(
+        "--held_out_contexts",
+        type=count,
+        default=0,
+        help="to judge by; 0: 128 to 4096, as checkpoints are far",
+    )
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
     return parser, parser.parse_args()
 

@@ -1,6 +1,7 @@
-"""What a checkpoint is judged by, on held-out contexts: L0, explained variance, loss recovered.
+"""What a checkpoint is judged by, on documents that training never sees.
 
-Dims: B contexts, T tokens, V vocabulary, N rows, D the hookpoint's width.
+Dims: M held-out contexts, B contexts of a batch, T tokens, V vocabulary, N rows, D the hookpoint's width,
+F features, C token classes.
 """
 
 import numpy as np
@@ -9,65 +10,135 @@ from torch.nn import functional
 
 from sae import InputError
 from sae.activations import on_output
+from sae.training.probe import CLASSES, probe_f1
 
-HELD_OUT = 64  # contexts, or a twentieth of a small dataset
+KL_CONTEXTS = 64  # it takes predictions that nothing keeps, and varies little from context to context
 SLICE = 1024  # rows that go through the autoencoder at once
 
 
-def split_held_out(documents):
-    """Rows to train on and rows to judge by (the last ones), no document in both. documents: [rows]."""
-    held_out = np.arange(len(documents))[-min(HELD_OUT, max(1, len(documents) // 20)) :]
-    training = np.flatnonzero(~np.isin(documents, documents[held_out]))
-    if len(training) == 0:
-        raise InputError("contexts of at least 2 documents needed, one of them held out; the dataset has 1")
-    return training, held_out
+def split_held_out(documents, count, seed):
+    """Rows to train on, ascending, and about `count` rows to judge by, shuffled. documents: [rows].
 
-
-@torch.inference_mode()
-def evaluate(model, module, autoencoder, contexts, skip_positions=0):
-    """Figures over batches of ids [B, T]; positions before `skip_positions` are left as the LLM made them.
-
-    explained_variance = 1 - sum ||x - x'||^2 / sum ||x - mean(x)||^2. loss_recovered =
-    (ce_zero - ce_sae) / (ce_zero - ce), cross-entropies in nats per predicted token; None where undefined.
+    Whole documents are drawn from all over the dataset, a tenth of it at most, and from each of them equally
+    many contexts; what else they hold is left out. Raises InputError where nothing is left to train on.
     """
-    device = autoencoder.b_dec.device
-    fired = error = squares = rows = 0
-    total_D = torch.zeros(len(autoencoder.b_dec), dtype=torch.float64, device=device)
-    losses = {"ce": 0.0, "ce_sae": 0.0, "ce_zero": 0.0}
-    predicted = 0
+    rng = np.random.default_rng([seed, 4])
+    numbers, sizes = np.unique(documents, return_counts=True)
+    if len(numbers) < 2:
+        raise InputError("contexts of at least 2 documents needed, one of them held out; the dataset has 1")
+    order = rng.permutation(len(numbers))
+    fits = np.searchsorted(sizes[order].cumsum(), len(documents) // 10, side="right")
+    drawn = order[: min(fits, count)] if fits else [sizes.argmin()]
+    rows = [rng.permutation(np.flatnonzero(documents == numbers[one])) for one in drawn]
+    held_out = np.concatenate([some[: -(-count // len(rows))] for some in rows])
+    return np.flatnonzero(~np.isin(documents, numbers[drawn])), rng.permutation(held_out)[:count]
 
-    def reconstruct(acts_BTD):
-        nonlocal fired, error, squares, rows, total_D
-        parts = []
-        for x_ND in acts_BTD[:, skip_positions:].flatten(0, 1).split(SLICE):
-            x_ND = x_ND.to(device, torch.float32)
-            f_NF = autoencoder.features(x_ND)
-            out_ND = autoencoder.decode(f_NF) / autoencoder.scale(x_ND)
-            fired += (f_NF > 0).sum()
-            error += (x_ND - out_ND).double().square().sum()
-            squares += x_ND.double().square().sum()
-            total_D += x_ND.double().sum(0)
-            rows += len(x_ND)
-            parts.append(out_ND.to(acts_BTD))
-        return _with_rows(acts_BTD, torch.cat(parts), skip_positions)
 
-    def zero(acts_BTD):
-        return _with_rows(acts_BTD, torch.zeros_like(acts_BTD[:, skip_positions:]), skip_positions)
+class Judge:
+    """Judges autoencoders on the same contexts again and again; what does not change is computed once.
 
-    for ids_BT in contexts:
-        for name, hook in (("ce", lambda _: None), ("ce_sae", reconstruct), ("ce_zero", zero)):
-            with on_output(module, ids_BT.shape, hook):
-                losses[name] += _cross_entropy(model, ids_BT)
-        predicted += ids_BT[:, 1:].numel()
-    spread = squares - total_D.square().sum() / rows
-    figures = {name: loss / max(1, predicted) for name, loss in losses.items()}
-    gap = figures["ce_zero"] - figures["ce"]
-    return {
-        "l0": float(fired / rows),
-        "explained_variance": float(1 - error / spread) if spread > 0 else None,
-        **figures,
-        "loss_recovered": (figures["ce_zero"] - figures["ce_sae"]) / gap if gap else None,
-    }
+    ids_MT: the contexts; documents_M: the document of each; classes_MT: of each token, a number of
+    `probe.CLASSES` or -1. Positions before `skip_positions` stay as the LLM made them.
+    """
+
+    def __init__(self, model, module, ids_MT, documents_M, classes_MT=None, skip_positions=0, batch_size=16):
+        self._model, self._module, self._skip, self._batch_size = model, module, skip_positions, batch_size
+        self._ids_MT, self._ce_M, self._ce_zero_M = ids_MT, [], []
+        _, self._documents_M = np.unique(documents_M, return_inverse=True)
+        # Half of the documents chooses the features of a class, the other scores them.
+        halves_M1 = torch.from_numpy(self._documents_M % 2)[:, None]
+        classes_MT = torch.full_like(ids_MT, -1) if classes_MT is None else classes_MT
+        self._labels_MT = halves_M1 * (len(CLASSES) + 1) + classes_MT % (len(CLASSES) + 1)
+
+    @torch.inference_mode()
+    def figures(self, autoencoders):
+        """For each autoencoder a dict of its figures, as metrics.jsonl keeps them; None where undefined.
+
+        explained_variance = 1 - sum ||x - x'||^2 / sum ||x - mean(x)||^2; ce, ce_sae, ce_zero: cross-entropy
+        of the LLM as it is, with the reconstruction and with zeros in place; kl: KL divergence of its
+        predictions with the reconstruction from its own, over KL_CONTEXTS; all in nats per predicted token.
+        loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce), with the 95% interval over documents.
+        """
+        tallies = [_Tally(autoencoder, self._skip) for autoencoder in autoencoders]
+        own, zero, kl = self._ce_M, self._ce_zero_M, [[] for _ in tallies]
+        parts = (tensor_MT.split(self._batch_size) for tensor_MT in (self._ids_MT, self._labels_MT))
+        for number, (ids_BT, labels_BT) in enumerate(zip(*parts, strict=True)):
+            done, compared = number * self._batch_size, max(0, KL_CONTEXTS - number * self._batch_size)
+            if len(zero) == done:
+                zero += _cross_entropies(self._logits(ids_BT, self._zero), ids_BT)
+            if len(own) == done or compared:
+                own_BTV = self._logits(ids_BT, lambda _acts: None)
+                own[done : done + len(ids_BT)] = _cross_entropies(own_BTV, ids_BT)
+            for tally, kl_M in zip(tallies, kl, strict=True):
+                logits_BTV = self._logits(ids_BT, tally.reconstruct(labels_BT))
+                tally.ce_M += _cross_entropies(logits_BTV, ids_BT)
+                kl_M += _divergences(own_BTV[:compared], logits_BTV[:compared]) if compared else []
+        return [self._figures(tally, kl_M) for tally, kl_M in zip(tallies, kl, strict=True)]
+
+    def _figures(self, tally, kl_M):
+        predicted = max(1, self._ids_MT.shape[1] - 1)
+        ce = {"ce": self._ce_M, "ce_sae": tally.ce_M, "ce_zero": self._ce_zero_M}
+        return {
+            **tally.figures(),
+            **{name: float(np.mean(values)) / predicted for name, values in (ce | {"kl": kl_M}).items()},
+            **_recovered(*(np.bincount(self._documents_M, values) for values in ce.values())),
+            "documents": int(self._documents_M.max()) + 1,
+            "contexts": len(self._ids_MT),
+        }
+
+    def _logits(self, ids_BT, hook):
+        with on_output(self._module, ids_BT.shape, hook):
+            return self._model(input_ids=ids_BT.to(self._model.device), use_cache=False).logits
+
+    def _zero(self, acts_BTD):
+        return _with_rows(acts_BTD, torch.zeros_like(acts_BTD[:, self._skip :]), self._skip)
+
+
+class _Tally:
+    """What one autoencoder makes of the rows."""
+
+    def __init__(self, autoencoder, skip_positions):
+        self._autoencoder, self._skip = autoencoder, skip_positions
+        D, F = len(autoencoder.b_dec), len(autoencoder.b_enc)
+        self._labels, device = 2 * (len(CLASSES) + 1), autoencoder.b_dec.device
+        self._total_D = torch.zeros(D, dtype=torch.float64, device=device)
+        self._fired_LF = torch.zeros(self._labels, F, dtype=torch.float64, device=device)
+        self._rows_L = torch.zeros(self._labels, dtype=torch.float64, device=device)
+        self._error = self._squares = 0
+        self.ce_M = []
+
+    def reconstruct(self, labels_BT):
+        """A hook that puts the reconstruction in place, and counts."""
+
+        def hook(acts_BTD):
+            parts = []
+            x_ND, labels_N = acts_BTD[:, self._skip :].flatten(0, 1), labels_BT[:, self._skip :].flatten()
+            for some_ND, some_N in zip(x_ND.split(SLICE), labels_N.split(SLICE), strict=True):
+                parts.append(self._count(some_ND.to(self._total_D.device, torch.float32), some_N))
+            return _with_rows(acts_BTD, torch.cat(parts), self._skip)
+
+        return hook
+
+    def _count(self, x_ND, labels_N):
+        autoencoder = self._autoencoder
+        f_NF = autoencoder.features(x_ND)
+        out_ND = autoencoder.decode(f_NF) / autoencoder.scale(x_ND)
+        self._error += (x_ND - out_ND).double().square().sum()
+        self._squares += x_ND.double().square().sum()
+        self._total_D += x_ND.double().sum(0)
+        labels_NL = functional.one_hot(labels_N.to(x_ND.device), self._labels).float()
+        self._fired_LF += labels_NL.T @ (f_NF > 0).float()
+        self._rows_L += labels_NL.sum(0)
+        return out_ND
+
+    def figures(self):
+        rows = self._rows_L.sum()
+        spread = self._squares - self._total_D.square().sum() / rows
+        return {
+            "l0": float(self._fired_LF.sum() / rows),
+            "explained_variance": float(1 - self._error / spread) if spread > 0 else None,
+            "probe_f1": probe_f1(self._fired_LF.unflatten(0, (2, -1)), self._rows_L.unflatten(0, (2, -1))),
+        }
 
 
 def _with_rows(acts_BTD, rows_ND, skip_positions):
@@ -76,9 +147,33 @@ def _with_rows(acts_BTD, rows_ND, skip_positions):
     return new_BTD
 
 
-def _cross_entropy(model, ids_BT):
-    """Sum over the batch, nats; the logits of one context at a time are turned to float32."""
-    ids_BT = ids_BT.to(model.device)
-    logits_BTV = model(input_ids=ids_BT, use_cache=False).logits
-    pairs = zip(logits_BTV[:, :-1], ids_BT[:, 1:], strict=True)
-    return sum(functional.cross_entropy(got.float(), want, reduction="sum").item() for got, want in pairs)
+def _cross_entropies(logits_BTV, ids_BT):
+    """Sum of each context, nats; the logits of one context at a time are turned to float32."""
+    pairs = zip(logits_BTV[:, :-1], ids_BT[:, 1:].to(logits_BTV.device), strict=True)
+    return [functional.cross_entropy(got.float(), want, reduction="sum").item() for got, want in pairs]
+
+
+def _divergences(own_BTV, logits_BTV):
+    """KL(own || other) of the predictions, summed over each context, nats."""
+    pairs = zip(own_BTV[:, :-1], logits_BTV[:, :-1], strict=True)
+    return [
+        functional.kl_div(
+            other.float().log_softmax(-1), own.float().log_softmax(-1), reduction="sum", log_target=True
+        ).item()
+        for own, other in pairs
+    ]
+
+
+def _recovered(ce_K, ce_sae_K, ce_zero_K):
+    """loss_recovered and its 95% interval, from the cross-entropies of each of K documents.
+
+    A ratio of sums: its error is that of the sum of what each document is off it, by Student's t.
+    """
+    gap_K, won_K, freedom = ce_zero_K - ce_K, ce_zero_K - ce_sae_K, len(ce_K) - 1
+    share = float(won_K.sum() / gap_K.sum()) if gap_K.sum() else None
+    if share is None or not freedom:
+        return {"loss_recovered": share, "loss_recovered_interval": None}
+    off_K, z = won_K - share * gap_K, 1.96
+    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    half = t * float(np.sqrt((off_K**2).sum() * len(off_K) / freedom) / abs(gap_K.sum()))
+    return {"loss_recovered": share, "loss_recovered_interval": [share - half, share + half]}

@@ -131,10 +131,11 @@ def bar_figures(events):
 
 def held_out(event):
     """A checkpoint's held-out figures in a line."""
+    low, high = event["loss_recovered_interval"] or (None, None)
     return (
         f"L0 {event['l0']:.1f}, explained variance {_three(event['explained_variance'])}, loss recovered "
-        f"{_three(event['loss_recovered'])} ({event['ce_sae']:.3f} for {event['ce']:.3f}), "
-        f"dead {event['dead_share']:.1%}"
+        f"{_three(event['loss_recovered'])} (95%: {_three(low)} to {_three(high)}; {event['ce_sae']:.3f} for "
+        f"{event['ce']:.3f}), dead {event['dead_share']:.1%}"
     )
 
 

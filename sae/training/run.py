@@ -3,6 +3,7 @@
 Contexts, in a new order each epoch -> rows of activations -> shuffled batches.
 """
 
+import contextlib
 import itertools
 import re
 import time
@@ -17,13 +18,15 @@ from sae import InputError, __version__, activations, cli, models
 from sae.tokens import open_dataset, read_contexts
 from sae.training import steps
 from sae.training.buffer import ShuffleBuffer, llm_batches
-from sae.training.evaluation import SLICE, evaluate, split_held_out
+from sae.training.evaluation import SLICE, Judge, split_held_out
 from sae.training.folder import RunFolder, bar_figures, saved_preload
+from sae.training.probe import token_classes
 from sae.training.trainer import Resampling, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {"resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder"}
 DEFAULT_PRELOAD = 25000
+HELD_OUT = (128, 4096)  # contexts, where the flag does not say: at least, at most
 
 
 class Place(NamedTuple):
@@ -38,6 +41,7 @@ class Run(NamedTuple):
 
     config: dict  # all that decides the results, plain values
     dataset: object  # datasets.Dataset
+    documents: np.ndarray  # of each row of the dataset
     training_rows: np.ndarray
     held_out_rows: np.ndarray
     llm: Place
@@ -50,6 +54,25 @@ class Run(NamedTuple):
         model = models.load_model(self.config["model_name"], *self.llm)
         hookpoint, layer = self.config["hookpoint"], self.config["layer_id"]
         return model, activations.find_hookpoint(model, hookpoint, layer)[0]
+
+    def judge(self, model, module):
+        """The Judge on the held-out contexts; token classes where the dataset's tokenizer opens."""
+        ids_MT, classes_MT = torch.cat(list(self.contexts(self.held_out_rows))), None
+        documents_M = self.documents[self.held_out_rows]
+        with contextlib.suppress(InputError):
+            tokenizer, classes_MT = (
+                models.load_tokenizer(self.config["tokenizer_name"]),
+                torch.full_like(ids_MT, -1),
+            )
+            for document in np.unique(documents_M):
+                rows = np.flatnonzero(self.documents == document)
+                ids = self.dataset.with_format("numpy")[rows]["input_ids"]
+                classes_RT = token_classes(tokenizer, ids.flatten().tolist()).view(ids.shape)[
+                    :, : ids_MT.shape[1]
+                ]
+                classes_MT[documents_M == document] = classes_RT[np.isin(rows, self.held_out_rows)]
+        skip, batch_size = self.config["skip_positions"], self.config["batch_size_llm"]
+        return Judge(model, module, ids_MT, documents_M, classes_MT, skip, batch_size)
 
     def contexts(self, rows):
         """Batches of ids [B, T] of these rows of the dataset."""
@@ -67,13 +90,22 @@ def prepare(flags):
     template = flags[f"{flags['layer_type']}_hookpoint"]
     module, hookpoint = activations.find_hookpoint(skeleton, template, flags["layer_id"])
     width = activations.activation_width(skeleton, module)
-    training_rows, held_out_rows = split_held_out(dataset.with_format("numpy")["document"][:])
+    documents = dataset.with_format("numpy")["document"][:]
+    training_rows, held_out_rows = split_held_out(documents, held_out_contexts(flags, info), flags["seed"])
     config = run_config(flags, info, hookpoint, width, llm.dtype, len(training_rows))
     if flags["resume"] and not flags["dry_run"] and config["num_batches_preload"] is None:
         config["num_batches_preload"] = saved_preload(flags["save_path"])
     config, plan = plan_memory(config, skeleton, llm, autoencoder)
     folder = None if flags["dry_run"] else RunFolder(flags["save_path"], config, flags["resume"])
-    return Run(config, dataset, training_rows, held_out_rows, llm, autoencoder, plan, folder)
+    return Run(config, dataset, documents, training_rows, held_out_rows, llm, autoencoder, plan, folder)
+
+
+def held_out_contexts(flags, info):
+    """How many contexts to judge by. Not given: a twentieth of the tokens between two checkpoints."""
+    batches = [flags[name] for name in ("num_batches", "batches_between_ckpt") if flags[name]]
+    tokens = min(batches, default=info["rows"]) * flags["batch_size_autoencoder"]
+    contexts = tokens // (20 * (flags["num_tokens"] or info["min_tokens"]))
+    return flags["held_out_contexts"] or min(max(contexts, HELD_OUT[0]), HELD_OUT[1])
 
 
 def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_contexts):
@@ -209,12 +241,15 @@ def loop(run, model, module, trainer, buffer):
     """Train to the end and keep what is to be kept; yields after each step what the bar shows of it."""
     config, folder, shown = run.config, run.folder, {}
     plan = Resampling.of(config["neuron_resampling_method"], config["neuron_resampling_interval"])
-    num_batches, interval = config["num_batches"], config["batches_between_ckpt"]
+    num_batches, interval, judge = (
+        config["num_batches"],
+        config["batches_between_ckpt"],
+        run.judge(model, module),
+    )
     for events in train(trainer, buffer, num_batches, plan, config["seed"]):
         folder.append(events)
         if trainer.batch == num_batches or (interval and trainer.batch % interval == 0):
-            held_out = run.contexts(run.held_out_rows)
-            figures = evaluate(model, module, trainer.autoencoder, held_out, config["skip_positions"])
+            (figures,) = judge.figures([trainer.autoencoder])
             events = [*events, folder.save_checkpoint(trainer, figures)]
         elif folder.resume_is_old():
             folder.save_resume(trainer)

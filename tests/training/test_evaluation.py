@@ -7,7 +7,7 @@ from sae import InputError
 from sae.activations import activations_at, find_hookpoint
 from sae.autoencoder import Autoencoder
 from sae.models import load_model
-from sae.training.evaluation import evaluate, split_held_out
+from sae.training.evaluation import Judge, _recovered, split_held_out
 
 
 @pytest.fixture
@@ -31,6 +31,16 @@ def loss_with(model, ids_BT, replace):
             return model(ids_BT, labels=ids_BT).loss.item()
     finally:
         handle.remove()
+
+
+def kl_of(model, ids_BT, replace):
+    """From its definition, over the predicted tokens."""
+    with torch.no_grad():
+        own = model(ids_BT).logits[:, :-1].double().softmax(-1)
+        handle = model.model.layers[1].mlp.register_forward_hook(lambda _mod, _in, out: replace(out))
+        other = model(ids_BT).logits[:, :-1].double().softmax(-1)
+        handle.remove()
+    return (own * (own / other).log()).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("skip", [0, 2])
@@ -59,7 +69,11 @@ def test_against_the_obvious_way(hooked, ids_BT, skip):
         "explained_variance": 1 - error / variance,
         "ce": ce, "ce_sae": ce_sae, "ce_zero": ce_zero, "loss_recovered": (ce_zero - ce_sae) / (ce_zero - ce),
     }  # fmt: skip
-    got = evaluate(model, module, ae, [ids_BT[:4], ids_BT[4:]], skip)
+    want["kl"] = kl_of(model, ids_BT, put(out_ND))
+    judge = Judge(model, module, ids_BT, np.arange(6), None, skip, batch_size=4)
+    other = Autoencoder(32, 16, rng=torch.Generator().manual_seed(2))
+    _, got = judge.figures([other, ae])
+    assert (got["documents"], got["contexts"], got["probe_f1"]) == (6, 6, None)
     for name, value in want.items():
         assert got[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
@@ -69,23 +83,69 @@ def test_a_perfect_autoencoder(hooked, ids_BT):
     ae = Autoencoder(32, 64)
     ae.W_enc.data = torch.cat([torch.eye(32), -torch.eye(32)], dim=1)
     ae.W_dec.data = ae.W_enc.data.T.clone()
-    got = evaluate(model, module, ae, [ids_BT])
+    (got,) = Judge(model, module, ids_BT, np.arange(6)).figures([ae])
     assert got["explained_variance"] == pytest.approx(1)
     assert got["ce_sae"] == pytest.approx(got["ce"])
     assert got["loss_recovered"] == pytest.approx(1, abs=1e-3)
+    assert got["kl"] == pytest.approx(0, abs=1e-6)
 
 
-def test_held_out_documents_are_not_trained_on():
-    documents = np.repeat(np.arange(100), 20)
-    training, held_out = split_held_out(documents)
-    assert len(held_out) == 64
-    assert held_out.tolist() == list(range(1936, 2000))
-    assert not set(documents[training]) & set(documents[held_out])
-    assert len(training) == 96 * 20
-    training, held_out = split_held_out(np.array([0, 0, 1]))
+def test_what_does_not_change_is_computed_once(hooked, ids_BT):
+    """The second time a pass less: zeros in place say the same whatever the autoencoder is.
+
+    Behind the contexts that the divergence is taken of, the LLM's own pass is not needed either.
+    """
+    model, module = hooked
+    ids_MT = ids_BT[:, :3].repeat(20, 1)
+    judge, passes = Judge(model, module, ids_MT, np.arange(120), batch_size=32), []
+    handle = model.register_forward_hook(lambda _mod, _in, _out: passes.append(1))
+    (first,) = judge.figures([Autoencoder(32, 64)])
+    assert len(passes) == 4 * 3
+    _, second = judge.figures([Autoencoder(32, 64), Autoencoder(32, 64)])
+    handle.remove()
+    assert len(passes) == 4 * 3 + 4 * 2 + 2
+    assert {key: first[key] for key in ("ce", "ce_zero")} == {key: second[key] for key in ("ce", "ce_zero")}
+
+
+def test_held_out_documents_are_drawn_from_all_over_and_not_trained_on():
+    documents = np.repeat(np.arange(100), 50)
+    training, held_out = split_held_out(documents, 256, seed=0)
+    assert len(held_out) == 256
+    drawn = set(documents[held_out])
+    assert len(drawn) == 10 and min(drawn) < 33 and max(drawn) > 66
+    assert not set(documents[training]) & drawn
+    assert len(training) == 90 * 50
+    # From a document not its first contexts but any, and about as many as from another.
+    counts = np.unique(documents[held_out], return_counts=True)[1]
+    assert counts.min() >= 22 and counts.max() == 26
+    assert (np.bincount(held_out % 50, minlength=50) > 0).all()
+    assert set(documents[split_held_out(documents, 256, seed=1)[1]]) != drawn
+
+
+def test_held_out_contexts_of_many_short_documents_and_of_few():
+    training, held_out = split_held_out(np.arange(10_000), 256, seed=0)
+    assert (len(training), len(held_out)) == (9744, 256)
+    training, held_out = split_held_out(np.array([0, 0, 1]), 256, seed=0)
     assert (training.tolist(), held_out.tolist()) == ([0, 1], [2])
     with pytest.raises(InputError, match="2 documents"):
-        split_held_out(np.zeros(5, dtype=int))
+        split_held_out(np.zeros(5, dtype=int), 256, seed=0)
+
+
+def test_the_interval_of_loss_recovered_holds_the_truth():
+    """Documents drawn from a population whose ratio is known: 95% of the intervals hold it."""
+    rng = np.random.default_rng(0)
+    held, tries = 0, 2000
+    for _ in range(tries):
+        gap_K = rng.gamma(3.0, 10.0, size=12)
+        lost_K = 0.2 * gap_K + rng.normal(0, 1, 12) * np.sqrt(gap_K)
+        got = _recovered(np.zeros(12), lost_K, gap_K)
+        low, high = got["loss_recovered_interval"]
+        assert low < got["loss_recovered"] < high
+        held += low < 0.8 < high
+    assert held / tries == pytest.approx(0.95, abs=0.015)
+    assert _recovered(np.ones(2), np.ones(2), np.ones(2)) == dict.fromkeys(
+        ("loss_recovered", "loss_recovered_interval")
+    )
 
 
 def test_cross_entropy_is_torchs(hooked, ids_BT):
@@ -93,4 +153,5 @@ def test_cross_entropy_is_torchs(hooked, ids_BT):
     with torch.no_grad():
         logits = model(ids_BT).logits[:, :-1].flatten(0, 1)
     want = functional.cross_entropy(logits, ids_BT[:, 1:].flatten()).item()
-    assert evaluate(model, module, Autoencoder(32, 64), [ids_BT])["ce"] == pytest.approx(want, rel=1e-4)
+    (got,) = Judge(model, module, ids_BT, np.arange(6)).figures([Autoencoder(32, 64)])
+    assert got["ce"] == pytest.approx(want, rel=1e-4)

@@ -78,8 +78,15 @@ def test_metrics(whole_run):
         ("log", 140), ("checkpoint", 140),
     ]  # fmt: skip
     checkpoint = lines[-1]
-    for name in ("l0", "explained_variance", "dead_share", "ce", "ce_sae", "ce_zero", "loss_recovered"):
+    for name in (
+        "l0", "explained_variance", "dead_share", "ce", "ce_sae", "ce_zero", "loss_recovered", "kl",
+        "probe_f1",
+    ):  # fmt: skip
         assert isinstance(checkpoint[name], float), name
+    low, high = checkpoint["loss_recovered_interval"]
+    assert low < checkpoint["loss_recovered"] < high
+    assert (checkpoint["documents"], checkpoint["contexts"]) == (12, 24)
+    assert checkpoint["frequency_tokens"] == (64 + 140 % 8) * 128
     assert {"method", "revived", "loss_before", "loss_after"} <= lines[2].keys()
 
 
@@ -235,7 +242,7 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
     assert result.returncode == 0, result.stderr
     (checkpoint,) = [path for path in tmp_path.glob("*.pt") if path.stem.isdigit()]
     config = torch.load(checkpoint, weights_only=True)["config"]
-    held_out = 12
+    held_out = 24
     assert config["trained_batches"] == (240 - held_out) * 16 // 128
     assert (config["num_tokens"], config["skip_positions"], config["normalize_dataset"]) == (20, 4, True)
 
@@ -246,7 +253,7 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
         ({"num_batches": -1}, ["--num_batches", "-1"]),
         ({"batch_size_llm": 0}, ["--batch_size_llm", "0"]),
         ({"batch_size_autoencoder": 0}, ["--batch_size_autoencoder", "0"]),
-        ({"batch_size_autoencoder": 10**6}, ["--batch_size_autoencoder 1000000", "14592"]),
+        ({"batch_size_autoencoder": 10**6}, ["--batch_size_autoencoder 1000000", "13824"]),
         ({"act_vec_size": 1536}, ["--act_vec_size 48", "1536"]),
         ({"num_tokens": 65}, ["64", "65"]),
         ({"skip_positions": 64}, ["--skip_positions", "64"]),
