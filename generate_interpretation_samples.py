@@ -33,6 +33,7 @@ def parse_args():
         type=cli.path,
         help="LLM: hub name, folder or .gguf file; default: the checkpoint's",
     )
+    add("--allow_other_tokenizer", action="store_true", help="than the LLM's for the dataset")
     add("--target_model_device", help="default: cuda:0, or cpu")
     add("--autoencoder_device", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")

@@ -29,6 +29,7 @@ def parse_args():
     add("--dataset_path", default="./tokenized_dataset", help="tokenised dataset", **folder)
     add("--save_path", default="./trained_autoencoders", help="for checkpoints, metrics and plots", **folder)
     add("--model_name", type=cli.path, default=cli.CODELLAMA, help="LLM: hub name, folder or .gguf file")
+    add("--allow_other_tokenizer", action="store_true", help="than the LLM's for the dataset")
     add("--batch_size_llm", type=positive, default=16, help="contexts in a forward pass of the LLM")
     add("--batch_size_autoencoder", type=positive, default=256, help="tokens in a training step")
     add("--num_tokens", type=count, default=0, help="use the first N tokens of every context; 0: all")

@@ -146,10 +146,11 @@ def main():
         note(name, kept, time.perf_counter() - start[0], cpu_seconds() - start[1])
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
+        tokenizer.save_pretrained(scratch / "tokenizer")
         shards = write_shards(scratch / "shards", texts, size * args.copies / 1e6)
         contexts = kept * args.copies * 9 // 10
         for processes in (1, 2):
-            arguments = (args.tokenizer, length, contexts, processes)
+            arguments = (str(scratch / "tokenizer"), length, contexts, processes)
             seconds, cpu, _peak = apart(suite, shards, scratch / f"out{processes}", *arguments)
             name = f"suite, {processes} process{'es' * (processes > 1)}"
             note(name, contexts // processes * processes, seconds, cpu)
@@ -161,7 +162,7 @@ def main():
             shards = write_shards(scratch / f"{megabytes}", texts, megabytes)
             contexts = int(kept * megabytes * 1e6 / size * 0.8)
             *_seconds, memory = apart(
-                suite, shards, scratch / f"m{megabytes}", args.tokenizer, length, contexts, 1
+                suite, shards, scratch / f"m{megabytes}", str(scratch / "tokenizer"), length, contexts, 1
             )
             print(f"peak memory of a worker over {megabytes} MB of text: {memory:.0f} MB", flush=True)
 

@@ -11,7 +11,7 @@ from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
 from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton
 from sae.samples.look import encode_in_pieces
-from sae.tokens import open_dataset, read_contexts
+from sae.tokens import check_tokenizer, open_dataset, read_contexts
 
 # The flags that decide which samples come out, beside the seed.
 OWN_FLAGS = (
@@ -60,7 +60,8 @@ class Run(NamedTuple):
 
 def prepare(
     num_samples, dataset_path, autoencoder_path, save_path, target_model_name, target_model_device,
-    autoencoder_device, log_freq_upper, log_freq_lower, batch_size, dtype_llm, **_others,
+    autoencoder_device, log_freq_upper, log_freq_lower, batch_size, dtype_llm,
+    allow_other_tokenizer=False, **_others,
 ):  # fmt: skip
     """The inputs that the flags name; all that can be is refused before the weights of the LLM are read."""
     if log_freq_upper <= log_freq_lower:
@@ -83,6 +84,7 @@ def prepare(
     check_origin(f"the autoencoder {autoencoder_path}", made_from, info["fingerprint"], dataset_path)
     name = target_model_name or config["model_name"]
     check_target(config, name, info)
+    check_tokenizer(info, name, allow_other_tokenizer)
     model = load_model(name, llm_device, dtype_llm)
     module, _ = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     return Run(dataset, info, checkpoint, model, module, batch_size)

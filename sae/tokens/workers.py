@@ -234,6 +234,7 @@ def working(folder, plan, states):
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
         for worker, _connection in crew:
             worker.kill()
+            worker.join()
 
 
 def deal(crew, states, wanted, watch):

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from sae import InputError, __version__, activations, cli, models
-from sae.tokens import open_dataset, read_contexts
+from sae.tokens import check_tokenizer, open_dataset, read_contexts
 from sae.training import steps
 from sae.training.buffer import ShuffleBuffer, llm_batches
 from sae.training.evaluation import SLICE, Judge, split_held_out
@@ -24,7 +24,10 @@ from sae.training.probe import token_classes
 from sae.training.trainer import Resampling, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
-FREE_FLAGS = {"resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder"}
+FREE_FLAGS = {
+    "resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder",
+    "allow_other_tokenizer",
+}  # fmt: skip
 DEFAULT_PRELOAD = 25000
 HELD_OUT = (128, 4096)  # contexts, where the flag does not say: at least, at most
 
@@ -87,6 +90,7 @@ def prepare(flags):
     dataset, info = open_dataset(flags["dataset_path"])
     skeleton = models.skeleton(flags["model_name"])
     models.check_vocabulary(skeleton.config, info)
+    check_tokenizer(info, flags["model_name"], flags.get("allow_other_tokenizer"))
     template = flags[f"{flags['layer_type']}_hookpoint"]
     module, hookpoint = activations.find_hookpoint(skeleton, template, flags["layer_id"])
     width = activations.activation_width(skeleton, module)

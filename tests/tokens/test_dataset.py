@@ -8,7 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import write_dataset
+from conftest import run_script, write_dataset
 from tokenising import write
 from tokenizers import Tokenizer
 
@@ -114,6 +114,41 @@ def test_a_dataset_of_another_tokenizer_is_refused(tmp_path, tokenizer_copy, std
     (tmp_path / "none").mkdir()
     tokens.check_tokenizer(info, str(tmp_path / "none"))
     assert "has no tokenizer to compare" in capsys.readouterr().out
+
+
+def test_training_and_sampling_refuse_a_dataset_of_another_tokenizer(
+    tmp_path, tokenizer_copy, stdlib, tiny_llama, monkeypatch
+):
+    import generate_interpretation_samples as sampling
+    import train_autoencoder_from_tokens as training_script
+    from sae import samples, training
+
+    write(tmp_path / "data", tokenizer_copy, dataset_name=stdlib, tokenizer_name="some/name")
+    other = _other_tokenizer(tmp_path / "other", tokenizer_copy)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(tiny_llama) / name, other)
+
+    def prepare(script, *flags):
+        monkeypatch.setattr("sys.argv", [script.__name__, *map(str, flags)])
+        flags = vars(script.parse_args()[1])
+        return training.prepare(flags) if script is training_script else samples.prepare(**flags)
+
+    train = [
+        1, "mlp_activations", "--dataset_path", tmp_path / "data", "--model_name", other,
+        "--save_path", tmp_path / "run", "--num_batches", 1, "--batch_size_autoencoder", 64,
+    ]  # fmt: skip
+    words = r"other .*some/name.*--allow_other_tokenizer"
+    with pytest.raises(InputError, match=words):
+        prepare(training_script, *train)
+    result = run_script(f"{training_script.__name__}.py", *train, "--allow_other_tokenizer")
+    assert result.returncode == 0, result.stderr
+    sample = [
+        4, "--dataset_path", tmp_path / "data", "--autoencoder_path", tmp_path / "run" / "1.pt",
+        "--save_path", tmp_path / "samples.pt",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=words):
+        prepare(sampling, *sample)
+    assert prepare(sampling, *sample, "--allow_other_tokenizer")
 
 
 def test_the_tokenizers_own_copy_is_preferred_to_its_name(tmp_path, tokenizer_copy, stdlib, monkeypatch):
