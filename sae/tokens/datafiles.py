@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from functools import partial
 from itertools import chain
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 ROWS_AT_ONCE = 64
@@ -36,6 +36,18 @@ def kind(path):
         path = str(path).split("?")[0]
     suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
     return next((suffix[1:] for suffix in reversed(suffixes) if suffix not in PACKINGS), "")
+
+
+def read_source_file(path):
+    """The text of a source file, or Skipped."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except UnicodeDecodeError:
+        yield Skipped("not UTF-8")
+    except OSError:
+        yield Skipped("cannot be read")
+    else:
+        yield Skipped("holds NUL") if "\0" in text else text
 
 
 def read_rows(path, columns=None):

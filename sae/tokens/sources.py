@@ -29,6 +29,7 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
 ROLES = {"human": "user", "gpt": "assistant"}  # in conversations of {"from", "value"}
 ROWS_LOOKED_AT = 1000  # to find the column of the text
+START = [0, 0, 0, 0]  # which file, its documents read, all read, all given to this process
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
 
 
@@ -43,37 +44,21 @@ class SourceArguments(NamedTuple):
     seed: int
 
 
-class SourceFiles(NamedTuple):
-    """A tree of plain source files (or one): each file is one document."""
+class Source(NamedTuple):
+    """Files in which each row is a document: the text of one column, or of several joined.
+
+    `columns` None: source files, each of them a document.
+    """
 
     paths: list
     left_out: list  # links
     remote: bool = False
     columns: list | None = None
-
-    def read(self, path):
-        try:
-            text = Path(path).read_bytes().decode()
-        except UnicodeDecodeError:
-            yield Skipped("not UTF-8")
-        except OSError:
-            yield Skipped("cannot be read")
-        else:
-            yield Skipped("holds NUL") if "\0" in text else text
-
-
-class DataFiles(NamedTuple):
-    """Data files, each row a document: the text of one column, or of several joined."""
-
-    paths: list
-    left_out: list
-    remote: bool
-    columns: list | None = None
     chat: object = None  # function: messages -> text or Skipped
 
     def read(self, path):
-        for row in self.rows(path):
-            yield row if isinstance(row, Skipped) else self.text(row)
+        for row in self.rows(path) if self.columns else datafiles.read_source_file(path):
+            yield self.text(row) if isinstance(row, dict) else row
 
     def rows(self, path):
         """Dicts with `columns`, with all where these are not known; Skipped for what is no row."""
@@ -111,13 +96,13 @@ def open_source(arguments, chat):
     if not re.fullmatch(r"[\w.-]+", arguments.split):
         raise InputError(f"--split needs the name of a split, without a slice, got {arguments.split!r}")
     if "://" in name:
-        source = DataFiles(_addresses(arguments), [], True)
+        source = Source(_addresses(arguments), [], True)
     elif not Path(name).exists():
-        source = DataFiles(_hub_files(arguments), [], True)
+        source = Source(_hub_files(arguments), [], True)
     else:
-        source = _local_files(arguments)
-    if isinstance(source, SourceFiles):
-        return source
+        source, is_data = _local_files(arguments)
+        if not is_data:
+            return source
     unknown = {kind(path) or path for path in source.paths} - set(READERS)
     if unknown:
         raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {sorted(unknown)[0]}")
@@ -143,21 +128,14 @@ def chat_template(tokenizer_folder):
         return loaded
 
     def render(messages):
-        from jinja2 import TemplateError
-
+        apply = tokenizer().apply_chat_template
         try:
-            return tokenizer().apply_chat_template(
-                [
-                    {"role": ROLES.get(each["from"], each["from"]), "content": each["value"]}
-                    if "from" in each
-                    else each
-                    for each in messages
-                ],
-                tokenize=False,
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as err:
-            if isinstance(err, InputError):
-                raise
+            if "from" in messages[0]:
+                messages = [
+                    {"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in messages
+                ]
+            return apply(messages, tokenize=False)
+        except Exception:  # a template is a program of its own, and the messages are anybody's
             return Skipped("refused by the chat template")
 
     return render
@@ -165,12 +143,10 @@ def chat_template(tokenizer_folder):
 
 def _text_columns(rows, wanted):
     """The columns of the text: those that are wanted, or the one that names and rows show."""
-    values = {}  # of each column, without those that are empty
-    for row in rows:
-        for column in row:
-            values.setdefault(column, [])
-            if row[column] not in (None, ""):
-                values[column].append(row[column])
+    values = {
+        column: [row[column] for row in rows if row.get(column) not in (None, "")]
+        for column in dict.fromkeys(chain.from_iterable(rows))
+    }
     said = f"--text_field needed, a column of {', '.join(map(str, values))}"
     for column in wanted or []:
         if column not in values:
@@ -182,67 +158,62 @@ def _text_columns(rows, wanted):
     of_text = [column for column in values if all(isinstance(value, str) for value in values[column])]
     in_words = [column for column in of_text if any(len(value.split()) > 1 for value in values[column])]
     named = [column for column in TEXT_FIELDS if column in of_text]
-    filled = [column for column in named if values[column]]
-    if filled or (named and not in_words):
-        return (filled or named)[:1]
+    found = [column for column in named if values[column]] or (named if not in_words else [])
     # Ids and hashes have no words; a column that is empty so far may be the one that is meant.
-    if len(in_words) == 1 and all(values.values()):
-        return in_words
-    if len(values) == 1 and of_text:
-        return of_text
-    raise InputError(f"{said}: none looks like text")
+    if not found and len(in_words) == 1 and all(values.values()):
+        found = in_words
+    if not found and len(values) == 1:
+        found = of_text
+    if not found:
+        raise InputError(f"{said}: none looks like text")
+    return found[:1]
 
 
 def _local_files(arguments):
+    """(Source, whether its files are data files)."""
     base = Path(arguments.dataset_name)
     if arguments.dataset_config:
-        raise InputError(
-            f"--dataset_config is for hub datasets, {base} is here: --data_dir names a folder in it"
-        )
+        raise InputError(f"--dataset_config is for hub datasets, --data_dir names a folder within {base}")
     if (base / "snapshots").is_dir():  # as the hub's client keeps a dataset
         ref = base / "refs" / "main"
-        there = sorted(path.name for path in (base / "snapshots").iterdir())
-        base = base / "snapshots" / (ref.read_text().strip() if ref.is_file() else there[-1])
-    path = base / arguments.data_dir if arguments.data_dir else base
+        base /= "snapshots"
+        base /= ref.read_text().strip() if ref.is_file() else max(os.listdir(base))
+    path = base / (arguments.data_dir or "")
     if not path.exists():
         raise InputError(f"a folder or file needed at {path} (--dataset_name with --data_dir), there is none")
     files, left_out = ([path], []) if path.is_file() else _walk(path)
     if not files:
         raise InputError(f"documents needed in {path}, it holds no file")
     reader = _data_reader(path, files)
-    if reader is None:
-        if arguments.split != "train":
-            raise InputError(f"source files have no splits, --split {arguments.split} came")
-        return SourceFiles([str(file) for file in files], left_out)
-    files = [file for file in files if READERS.get(kind(file)) is reader and file.name not in DESCRIPTIONS]
-    files = _of_split(path, _saved_files(files), arguments.split)
-    return DataFiles([str(file) for file in files], left_out, False)
+    if reader:
+        files = [f for f in files if READERS.get(kind(f)) is reader and f.name not in DESCRIPTIONS]
+        files = _of_split(path, _saved_files(files), arguments.split)
+    elif arguments.split != "train":
+        raise InputError(f"source files have no splits, --split {arguments.split} came")
+    return Source([str(file) for file in files], left_out), bool(reader)
 
 
 def _walk(folder):
     """(files, links left out): all that is not hidden, in order; what links lead to is read once."""
-    seen, files, links, left_out = {os.path.realpath(folder)}, [], [], []
+    seen, files, left_out = set(), [], []
 
-    def visit(folder):
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or entry.name == "__pycache__":
+    def visit(path, real):
+        seen.add(real)
+        if os.path.isfile(real):
+            files.append(Path(path))
+            return
+        for name in sorted(os.listdir(real)):
+            inner, at = f"{path}/{name}", f"{real}/{name}"
+            at = os.path.realpath(at) if os.path.islink(at) else at
+            if name.startswith(".") or name == "__pycache__":
                 continue
-            if entry.is_dir() and (real := os.path.realpath(entry.path)) not in seen:
-                seen.add(real)
-                visit(entry.path)
-            elif entry.is_file():
-                (links if entry.is_symlink() else files).append(Path(entry.path))
-            elif entry.is_dir() or entry.is_symlink():
-                left_out.append(entry.path)
+            if at in seen or not os.path.exists(at):
+                left_out.append(inner)
+            elif os.path.isfile(at) or os.path.isdir(at):
+                visit(inner, at)
 
-    visit(folder)
-    own = {os.path.realpath(file) for file in files} if links else ()
-    for link in links:
-        if os.path.realpath(link) in own:
-            left_out.append(str(link))
-        else:
-            files.append(link)
-    return sorted(files), left_out
+    visit(str(folder), os.path.realpath(folder))
+    return files, left_out
 
 
 def _data_reader(path, files):
@@ -291,11 +262,7 @@ def _addresses(arguments):
     """`shard-{00..15}.parquet` as its 16 addresses."""
     name = arguments.dataset_name
     if arguments.data_dir or arguments.dataset_config:
-        raise InputError(
-            f"--data_dir and --dataset_config are for hub datasets, --dataset_name {name} names files"
-        )
-    if kind(name) not in READERS:
-        raise InputError(f"an address that ends in {', '.join(READERS)} (or .gz) needed, got {name}")
+        raise InputError(f"--data_dir and --dataset_config are not for addresses of files such as {name}")
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
         return [name]
@@ -364,39 +331,37 @@ def _persistent(read, index, pauses=PAUSES):
 
 
 def read_documents(source, seed, process, processes, position):
-    """The documents that `process` of `processes` reads, from `position` ([0, 0, 0]: the beginning) on.
+    """The documents that `process` of `processes` reads, from `position` (START: the beginning) on.
 
     Yields (position after it, text or Skipped). Shards are shuffled by `seed` and dealt out; where there are
     fewer shards than processes, the documents themselves are dealt out.
     """
-    turn, index, count = position
+    first, index, seen, given = position
     shards = random.Random(seed).sample(source.paths, len(source.paths))
     deal = len(shards) < processes
     shards = shards if deal else shards[process::processes]
-    while turn < len(shards):
+    for turn in range(first, len(shards)):
         read = partial(source.read, shards[turn])
         for text in _persistent(read, index) if source.remote else islice(read(), index, None):
-            index, count = index + 1, count + 1
-            if not deal or (count - 1) % processes == process:
-                yield [turn, index, count], text
-        turn, index = turn + 1, 0
+            index, seen = index + 1, seen + 1
+            if not deal or (seen - 1) % processes == process:
+                given += 1
+                yield [turn, index, seen, given], text
+        index = 0
 
 
-def alternate(readers, position):
-    """One document of each reader in turn, until all have ended.
+def alternate(readers, positions):
+    """One document of each reader in turn, until all have ended: (positions after it, text or Skipped).
 
-    `readers` are functions position -> documents; `position` is None at the beginning.
+    `readers` are functions position -> documents; `positions` is None at the beginning.
     """
-    turn, positions = position or (0, [[0, 0, 0]] * len(readers))
-    positions = list(positions)
-    streams = [reader(start) for reader, start in zip(readers, positions, strict=True)]
-    ended = 0
-    while ended < len(streams):
+    positions = positions or [START] * len(readers)
+    streams = {n: read(at) for n, (read, at) in enumerate(zip(readers, positions, strict=True))}
+    while streams:
+        turn = min(streams, key=lambda n: positions[n][-1])  # that has given the fewest
         after, text = next(streams[turn], (None, None))
-        turn_after = (turn + 1) % len(streams)
         if after is None:
-            ended += 1
+            del streams[turn]
         else:
-            ended, positions[turn] = 0, after
-            yield [turn_after, list(positions)], text
-        turn = turn_after
+            positions = [*positions[:turn], after, *positions[turn + 1 :]]
+            yield positions, text

@@ -78,7 +78,7 @@ def test_a_bad_line_costs_that_line_alone(tmp_path):
         b'{"text": "end"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    source = sources.DataFiles([], [], False, ["text"])
+    source = sources.Source([], [], columns=["text"])
     no_object, no_text = Skipped("no JSON object"), Skipped("no text")
     assert list(source.read(str(tmp_path / "a.jsonl"))) == [
         "a b", no_object, no_object, Skipped("not Unicode"), no_object, no_object, no_text, no_text,
@@ -217,7 +217,7 @@ def shards(tmp_path_factory, texts):
 
 def _documents(address):
     source = sources.open_patiently(sources.SourceArguments(address, None, None, "train", None, 0), None)
-    return [text for _at, text in sources.read_documents(source, 0, 0, 1, [0, 0, 0])]
+    return [text for _at, text in sources.read_documents(source, 0, 0, 1, sources.START)]
 
 
 @pytest.fixture

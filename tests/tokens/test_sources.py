@@ -22,7 +22,7 @@ def open_source(name, chat=None, **arguments):
 
 def deal(source, processes, seed=0):
     """What each process reads."""
-    one = lambda process: sources.read_documents(source, seed, process, processes, [0, 0, 0])  # noqa: E731
+    one = lambda process: sources.read_documents(source, seed, process, processes, sources.START)  # noqa: E731
     return [[text for _position, text in one(process)] for process in range(processes)]
 
 
@@ -104,14 +104,14 @@ def test_reading_goes_on_from_every_position(shards, tree):
         (open_source(tree), 2),
     ):
         read_from = lambda at: sources.read_documents(source, 0, 1, processes, at)  # noqa: E731, B023
-        whole = list(read_from([0, 0, 0]))
+        whole = list(read_from(sources.START))
         for n, (position, _text) in enumerate(whole):
             assert list(read_from(json.loads(json.dumps(position)))) == whole[n + 1 :]
 
 
 def test_several_readers_alternate_until_all_have_ended():
     def reader(letter, count):
-        return lambda position: ([[0, n + 1, n + 1], f"{letter}{n}"] for n in range(position[1], count))
+        return lambda position: ([[0, 0, 0, n + 1], f"{letter}{n}"] for n in range(position[3], count))
 
     readers = [reader("a", 2), reader("b", 0), reader("c", 4)]
     whole = list(sources.alternate(readers, None))
@@ -301,7 +301,7 @@ def test_links_are_followed_once(tmp_path):
         source = open_source(path)
         assert sorted(deal(source, 1)[0]) == ["a", "b"]
         assert sorted(left.rsplit("/", 1)[1] for left in source.left_out) == [
-            "again.py",
+            "b.py",
             "gone.py",
             "second",
             "up",
