@@ -1,11 +1,12 @@
 """Open an autoencoder in other tools.
 
     python -m sae.export runs/layer10/50000.pt exported --format sae_lens
+    python -m sae.export runs/layer10/50000.pt shown --format neuronpedia --samples samples.pt
     hf upload me/smollm2-layer10-sae exported
 
 Writes a folder that was not there before: `sae_lens` is what `sae_lens.SAE.load_from_disk` opens (cfg.json,
-sae_weights.safetensors, sparsity.safetensors), `safetensors` the weights and the config as they are. Both
-hold a model card (README.md) with the checkpoint's own metrics.
+sae_weights.safetensors, sparsity.safetensors), `safetensors` the weights and the config as they are, both
+with a model card (README.md); `neuronpedia` the features of a samples file, for Neuronpedia.
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 
 from sae import InputError, __version__, cli
 
-FORMATS = ("sae_lens", "safetensors")
+FORMATS = ("sae_lens", "safetensors", "neuronpedia")
 # The layout of cfg.json, as of this version of the package; without it SAELens reads its older layout.
 SAE_LENS_VERSION = "6.54.12"
 
@@ -112,7 +113,7 @@ def new_folder(out):
     partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
     try:
         yield partial
-        for file in partial.iterdir():
+        for file in filter(Path.is_file, partial.rglob("*")):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         partial.chmod(0o755)
@@ -158,12 +159,29 @@ def parse_args():
     parser.add_argument("out", type=cli.path, help="folder to write: new or empty")
     parser.add_argument("--format", choices=FORMATS, default="sae_lens", help="layout of the folder")
     parser.add_argument("--model_name", help="hub name to write for a model that was a local folder")
+    for_page = parser.add_argument_group("for --format neuronpedia")
+    for_page.add_argument("--samples", type=cli.path, help="interpretation samples of the checkpoint (.pt)")
+    for_page.add_argument(
+        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="their dataset"
+    )
+    for_page.add_argument(
+        "--explanations", type=cli.path, help="journal; default: <samples stem>.explanations.jsonl, if there"
+    )
     return parser, parser.parse_args()
 
 
 def main(args):
-    export(args.checkpoint, args.out, args.format, args.model_name)
-    size = sum(file.stat().st_size for file in Path(args.out).iterdir())
+    if args.format == "neuronpedia":
+        from sae.report import open_run, write_neuronpedia
+
+        if not args.samples:
+            raise InputError("--samples needed for --format neuronpedia, none was given")
+        with new_folder(args.out) as folder:
+            run = open_run(args.samples, args.dataset_path, args.explanations, args.checkpoint, None)
+            write_neuronpedia(folder, run, args.model_name or Path(run.samples.config["model_name"]).name)
+    else:
+        export(args.checkpoint, args.out, args.format, args.model_name)
+    size = sum(file.stat().st_size for file in Path(args.out).rglob("*"))
     print(f"{args.out}: {args.checkpoint} as {args.format}, {size / 1e6:.1f} MB")
 
 

@@ -1,5 +1,6 @@
-"""What comes after: the page of a run."""
+"""What comes after: the page of a run, and the same for Neuronpedia."""
 
-from sae.report.page import build
+from sae.report.neuronpedia import write as write_neuronpedia
+from sae.report.page import build, open_run
 
-__all__ = ["build"]
+__all__ = ["build", "open_run", "write_neuronpedia"]

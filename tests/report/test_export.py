@@ -1,16 +1,23 @@
-"""sae.export: folders that other tools open, model cards."""
+"""sae.export: folders that other tools open, model cards, features for Neuronpedia."""
 
+import gzip
 import json
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
-from conftest import assert_refused, run_module
+from conftest import assert_refused, run_module, write_dataset
 from safetensors.torch import load_file
 
 from sae import InputError
+from sae.artifacts import fingerprint, load_pt, save_pt
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
 from sae.export import export as write
 from sae.export import sae_lens_config
+from sae.models import load_tokenizer
+from sae.report.neuronpedia import bins
 
 METRICS = {"l0": 12.34, "explained_variance": 0.876, "loss_recovered": 0.91, "dead_share": 0.0625}
 
@@ -118,3 +125,106 @@ def test_sae_lens_knows_each_architecture_by_its_own_name(architecture, theirs):
     assert cfg["architecture"] == theirs
     topk = {"k": 5, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
     assert {key: cfg[key] for key in ("k", "rescale_acts_by_decoder_norm") if key in cfg} == topk
+
+
+# --- Neuronpedia ---
+
+
+def write_explained_run(folder, tokenizer, corpus):
+    """A run of three features on real contexts, with promoted tokens and explanations, in `folder`."""
+    from test_report import write_run
+
+    ids, documents = [], []
+    for number, file in enumerate(sorted(Path(corpus).glob("*.py"))[:6]):
+        tokens = load_tokenizer(tokenizer)(file.read_text(), add_special_tokens=False)["input_ids"]
+        ids.append(tokens[:32])
+        documents.append(number)
+    write_dataset(folder / "tokens", ids, documents, tokenizer)
+    explanations = [
+        {"dim": 7, "interpretation": "a word", "explained_by": "text", "score": 0.75, "detection": 0.5,
+         "fuzzing": None, "interpretation_model": "some-llm"},
+        {"dim": 12, "interpretation": "another", "score": None},
+    ]  # fmt: skip
+    fires = {
+        7: {0: {3: 2.0, 5: 1.0}, 1: {4: 0.5}, 2: {6: 1.9, 7: 0.1}, 3: {}},
+        12: {0: {9: 4.0}, 4: {}, 5: {}}, 30: {},
+    }  # fmt: skip
+    write_run(folder, folder / "tokens", tokenizer, fires, 32, explanations)
+    samples = load_pt(folder / "samples.pt", "samples", ())
+    for name, sign in (("promoted", 1), ("suppressed", -1)):
+        samples[name] = torch.arange(30).view(3, 10) + 1000 * (sign + 2)
+        samples[f"{name}_logits"] = sign * torch.linspace(3, 1, 30).view(3, 10)
+    save_pt(folder / "samples.pt", samples)
+    journal = folder / "samples.explanations.jsonl"
+    with open(journal) as handle:
+        lines = [
+            json.loads(line) | {"samples_fingerprint": fingerprint(folder / "samples.pt")} for line in handle
+        ]
+    journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_neuronpedia_folder_holds_what_the_samples_hold(tmp_path, smollm2, stdlib):
+    # The real package reads it in tests/interop; here its fields are checked against the samples.
+    write_explained_run(tmp_path, smollm2, stdlib)
+    flags = [
+        "--samples",
+        tmp_path / "samples.pt",
+        "--dataset_path",
+        tmp_path / "tokens",
+        "--model_name",
+        "llm",
+    ]
+    result = export(tmp_path / "7.pt", tmp_path / "out", "--format", "neuronpedia", *flags)
+    assert result.returncode == 0, result.stderr
+    batch = json.loads((tmp_path / "out" / "batch-0.json").read_text())
+    assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("llm", 1, "mlp_activations-320")
+    first, _, third = batch["features"]
+    assert [feature["feature_index"] for feature in batch["features"]] == [7, 12, 30]
+    assert abs(first["frac_nonzero"] - 10**-1.5) < 1e-6
+    assert (first["n_prompts_total"], first["n_tokens_in_prompt"]) == (10_000 // 32, 32)
+    # Five activations from 0.1 to 2.0, in 50 bins of 0.038.
+    heights = first["freq_hist_data_bar_heights"]
+    assert {bin: n for bin, n in enumerate(heights) if n} == {0: 1, 10: 1, 23: 1, 47: 1, 49: 1}
+    assert first["freq_hist_data_bar_values"][::49] == [0.119, 1.981]
+    top, spread, *drawn = first["activations"]
+    assert (top["bin_min"], top["bin_max"], top["bin_contains"]) == (-1, 2.0, -1)
+    # 0.5 of 2.0 lies in the second fifth; of the two tokens that fire in random contexts neither does.
+    assert (spread["bin_min"], spread["bin_max"], spread["bin_contains"]) == (0.4, 0.8, 0)
+    assert [(a["bin_min"], a["bin_max"], a["bin_contains"]) for a in drawn] == [(0, 0, 0)] * 2
+    assert top["values"][3] == 2.0 and top["qualifying_token_index"] == 3 and sum(top["values"]) == 3.0
+    tokens = load_tokenizer(smollm2)
+    ids = datasets.load_from_disk(tmp_path / "tokens")[0]["input_ids"]
+    assert "".join(top["tokens"]) == tokens.decode(ids)
+    assert third["activations"] == [] and third["freq_hist_data_bar_heights"] == []
+    if first["pos_str"]:  # samples that hold promoted tokens
+        assert first["pos_str"][0] == tokens.decode([3000]) and first["pos_values"][0] == 3.0
+        assert first["neg_str"][0] == tokens.decode([1000]) and first["neg_values"][0] == -3.0
+    assert json.loads((tmp_path / "out" / "run_settings.json").read_text())["layer"] == 1
+    skipped = json.loads((tmp_path / "out" / "skipped_indexes.json").read_text())["skipped_indexes"]
+    assert len(skipped) == 317 and not {7, 12, 30} & set(skipped)
+    with gzip.open(tmp_path / "out" / "explanations" / "batch-0.jsonl.gz", "rt") as handle:
+        a, b = map(json.loads, handle)
+    assert (a["modelId"], a["layer"], a["index"]) == ("llm", "1-mlp_activations-320", "7")
+    assert (a["description"], a["typeName"], a["explanationModelName"]) == ("a word", "text", "some-llm")
+    scores = [(score["explanationScoreTypeName"], score["value"]) for score in a["scores"]]
+    assert scores == [("simulation", 0.75), ("eleuther_recall", 0.5)] and b["scores"] == []
+    assert a["id"] == a["scores"][0]["explanationId"] != b["id"]
+
+
+def test_spread_contexts_lie_in_fifths_of_the_range():
+    acts = np.array([[10.0, 0], [0, 5.0], [0.5, 0], [9.0, 1.0], [3.0, 0]])
+    kind = np.array([0, 1, 1, 2, 2])
+    # Three tokens fire in random contexts: 1.0 in the first fifth, 3.0 in the second, 9.0 in the fifth.
+    assert bins(kind, acts) == [[-1, 10, -1], [4, 6, 0], [0, 2, 0.3333], [0, 0, 0], [0, 0, 0]]
+
+
+def test_neuronpedia_needs_samples_of_the_checkpoint(checkpoint, tmp_path, smollm2, stdlib):
+    refused = export(checkpoint, tmp_path / "out", "--format", "neuronpedia")
+    assert_refused(refused, "--samples", "neuronpedia")
+    (tmp_path / "own").mkdir()
+    write_explained_run(tmp_path / "own", smollm2, stdlib)
+    flags = ["--samples", tmp_path / "own" / "samples.pt", "--dataset_path", tmp_path / "own" / "tokens"]
+    assert_refused(
+        export(checkpoint, tmp_path / "out", "--format", "neuronpedia", *flags), "samples.pt", "7.pt"
+    )
+    assert not (tmp_path / "out").exists()
