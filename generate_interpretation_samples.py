@@ -4,19 +4,22 @@
 
 One pass over num_samples contexts, drawn from the dataset, finds how often every feature fires and its best
 contexts; a second look reads the activations in those alone. Hookpoint, normalisation, skipped positions and
-tokens per context are those the checkpoint was trained with.
+tokens per context are those the checkpoint was trained with. On several GPUs, with the same result:
+
+    deepspeed --num_gpus 4 generate_interpretation_samples.py 100000 ... --num_gpus 4
 """
 
 import argparse
+import os
 import sys
 import time
 from pathlib import Path
 
-from sae import cli
+from sae import cli, processes
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = processes.Parser(__doc__)
     add = parser.add_argument
     positive, below_zero = cli.whole_number(1), cli.number(below=0)
     add("num_samples", type=positive, help="contexts to look at, drawn from the dataset")
@@ -44,6 +47,8 @@ def parse_args():
     add("--batch_size", type=positive, default=16, help="contexts in a forward pass of the LLM")
     add("--seed", type=cli.SEED, default=0, help="of the contexts looked at and of the draws among them")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
+    add("--num_gpus", type=positive, default=1, help="processes that deepspeed started, on all machines")
+    add("--local_rank", type=int, help="set by deepspeed")
     plot = argparse.BooleanOptionalAction
     add("--save_plot", action=plot, default=True, help="histogram of frequencies (.png) beside the samples")
     return parser, parser.parse_args()
@@ -51,64 +56,62 @@ def parse_args():
 
 def main(args, stopping):
     import torch
-    from tqdm import tqdm
 
     from sae import samples
     from sae.plots import frequency_histogram
 
     started = time.monotonic()
-    run = samples.prepare(**vars(args))
+    here = processes.alone_or_join(args.num_gpus)
+    run = samples.prepare(here, **vars(args))
     rng, band = torch.Generator().manual_seed(args.seed), (args.log_freq_lower, args.log_freq_upper)
     rows_N, documents_N = run.rows(args.num_samples, rng)
-    survey = samples.Survey(
-        run.checkpoint.autoencoder, documents_N, args.num_top, args.num_spread, args.num_random, rng
-    )
+    autoencoder = run.checkpoint.autoencoder
+    survey = samples.Survey(autoencoder, documents_N, args.num_top, args.num_spread, args.num_random, rng)
 
     def look(contexts, what):
-        # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
-        delay = 0 if sys.stderr.isatty() else 10
-        with tqdm(total=len(contexts), desc=what, unit="context", delay=delay) as bar:
-            for batch, pieces in run.look(rows_N, contexts):
-                yield from pieces
-                if bar.update(len(batch)):
-                    inside = samples.between(survey.log10_frequency(), *band).sum()
-                    bar.set_postfix_str(f"{inside} features in the band", refresh=False)
-                if stopping():
-                    raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
+        def note():
+            return f"{samples.between(survey.log10_frequency(), *band).sum()} features in the band"
+
+        return run.look(rows_N, contexts, what, here, stopping, note)
 
     begun = time.monotonic()
     for contexts_b, f_bTF in look(torch.arange(len(rows_N)), "one pass"):
         survey.add(contexts_b, f_bTF)
-    rate, frequency = args.num_samples / (time.monotonic() - begun), survey.log10_frequency()
-    features = samples.in_band(frequency, *band)
-    contexts_FK, kind_FK, max_F = survey.choose(features)
-    kept = contexts_FK[contexts_FK >= 0].unique()
-    pieces = look(kept, "second look")
-    values_FKT = samples.read_activations(pieces, contexts_FK, features, run.context_tokens)
-    rows_FK = rows_N[contexts_FK].where(contexts_FK >= 0, -1)
-    samples.save_samples(
-        args.save_path,
-        samples.Samples(
-            run.config(**vars(args)), run.info["fingerprint"], run.checkpoint.fingerprint, survey.tokens,
-            frequency, features, max_F, rows_FK, values_FKT, kind_FK,
-        ),
-    )  # fmt: skip
+    rate, choice = args.num_samples / (time.monotonic() - begun), None
+    for state in here.to_first(survey.state())[1:]:
+        survey.merge(*state)
+    frequency = survey.log10_frequency()
+    with here.first_decides():
+        if here.rank == 0:
+            choice = survey.choose(samples.in_band(frequency, *band), autoencoder.W_dec)
+    choice = here.from_first(choice)
+    kept = choice.contexts_FK[choice.contexts_FK >= 0].unique()
+    values_FKT, peak_FM = samples.read_activations(look(kept, "second look"), choice, run.context_tokens)
+    here.add_up(values_FKT)
+    here.add_up(peak_FM)
+    if here.rank:
+        return 0
+    content = run.samples(survey, choice, values_FKT, peak_FM, rows_N, **vars(args))
+    samples.save_samples(args.save_path, content)
     if args.save_plot:
         title = f"{args.num_samples} contexts, {survey.tokens} tokens"
         frequency_histogram(Path(args.save_path).with_suffix(".png"), frequency, title, band)
     dead = frequency.isneginf().sum()
     print(
-        f"{len(features)} features in the band, {(frequency <= band[0]).sum() - dead} too rare, "
+        f"{len(choice.features_F)} features in the band, {(frequency <= band[0]).sum() - dead} too rare, "
         f"{(frequency >= band[1]).sum()} too frequent, {dead} dead; written to {args.save_path}, "
         f"{len(kept)} contexts looked at twice; {time.monotonic() - started:.1f} s, {rate:.1f} contexts/s"
     )
+    if hint := samples.wider_band(frequency, *band):
+        print(f"few features in the band: {hint}")
     return 0
 
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()
-    with PARSER.friendly_errors(), cli.stop_requested() as STOPPING:
+    with PARSER.friendly_errors(), cli.stop_requested(forwarded=processes.launched()) as STOPPING:
         try:
             sys.exit(main(ARGS, STOPPING))
         except KeyboardInterrupt as stop:
-            PARSER.exit(130, f"stopped, {stop}; nothing was written, the same command starts again\n")
+            line = f"stopped, {stop}; nothing was written, the same command starts again\n"
+            PARSER.exit(cli.STOPPED, line if int(os.environ.get("RANK", 0)) == 0 else "")

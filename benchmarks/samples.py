@@ -31,16 +31,17 @@ def cpu_model():
 def time_pass(dataset_path, autoencoder_path, contexts):
     import torch
 
-    from sae import samples
+    from sae import processes, samples
 
+    here = processes.alone_or_join(1)
     run = samples.prepare(
-        contexts, dataset_path, autoencoder_path, "none.pt", None, None, None, -0.1, -2.0, 16, "auto"
+        here, contexts, dataset_path, autoencoder_path, "none.pt", None, None, None, -0.1, -2.0, 16, "auto"
     )
     rng = torch.Generator().manual_seed(0)
     rows_N, documents_N = run.rows(contexts, rng)
     survey = samples.Survey(run.checkpoint.autoencoder, documents_N, 24, 12, 16, rng)
-    looks = run.look(rows_N, torch.arange(contexts))
-    pieces, bare, books = (piece for _, batch in looks for piece in batch), 0.0, 0.0
+    pieces = run.look(rows_N, torch.arange(contexts), "one pass", here, lambda: False, str)
+    bare, books = 0.0, 0.0
     while True:
         start = time.perf_counter()
         piece = next(pieces, None)
@@ -52,8 +53,8 @@ def time_pass(dataset_path, autoencoder_path, contexts):
         books += time.perf_counter() - middle
     features = survey.log10_frequency()
     start = time.perf_counter()
-    contexts_FK = survey.choose(samples.in_band(features, -2.0, -0.1))[0]
-    kept = contexts_FK[contexts_FK >= 0].unique()
+    choice = survey.choose(samples.in_band(features, -2.0, -0.1), run.checkpoint.autoencoder.W_dec)
+    kept = choice.contexts_FK[choice.contexts_FK >= 0].unique()
     choosing = time.perf_counter() - start
     print(f"autoencoder {run.checkpoint.config['act_vec_size']} -> {len(features)}, LLM in {run.model.dtype}")
     print(

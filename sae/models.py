@@ -170,3 +170,47 @@ def check_vocabulary(model_config, info):
             f"token ids below {size} needed by the model, the dataset (tokenizer {info['tokenizer_name']}) "
             f"has ids up to {info.get('max_token_id', info['vocab_size'] - 1)}"
         )
+
+
+# Modules by the names that architectures give them: what adds its output to the residual stream, activation
+# functions of an MLP and the projection behind, the norm before the logits, norms of what is added.
+ADDED = {"mlp", "self_attn", "attn", "attention", "self_attention", "o_proj", "out_proj"}
+ACTIVATION, BEHIND = ("act_fn", "act", "activation_fn"), ("down_proj", "c_proj", "fc2", "dense_4h_to_h")
+FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+POST_NORM = ("post_feedforward_layernorm", "post_mlp_layernorm")
+
+
+def way_to_logits(model, hookpoint):
+    """A function: directions at the hookpoint [N, D] -> what they add to the logits, [N, vocabulary] float32.
+
+    The direct path: the projection behind an MLP's activation function (its gate taken as 1), the weight of
+    the final norm (its scale left out), the unembedding. None where an architecture's path is not known.
+    """
+
+    def child(module, names):
+        children = (getattr(module, name, None) for name in names)
+        return next((found for found in children if isinstance(found, torch.nn.Module)), None)
+
+    place, _, last = hookpoint.rpartition(".")
+    norm = child(getattr(model.base_model, "decoder", model.base_model), FINAL_NORM)
+    unembedding, projection = model.get_output_embeddings(), None
+    if last in ACTIVATION:
+        projection = child(model.get_submodule(place), BEHIND)
+    elif last not in ADDED and last not in BEHIND and not last.isdigit():  # a number: a whole layer
+        return None
+    post_norms = any(name.endswith(POST_NORM) for name, _ in model.named_modules()) and not last.isdigit()
+    if norm is None or unembedding is None or post_norms or (last in ACTIVATION and projection is None):
+        return None
+    sign_D = torch.ones_like(unembedding.weight[0])  # by its answers: some weigh by 1 + weight, some centre
+    sign_D[::2] = -1
+    zero_D, one_D = norm(0 * sign_D), norm(sign_D.abs())
+    gain_D, centres = ((norm(sign_D) - zero_D) * sign_D).float(), torch.allclose(one_D, zero_D, atol=1e-3)
+    unembed_DV = unembedding.weight.float().T
+
+    def logits(x_ND):
+        if projection is not None:  # Conv1D stores its weight as [in, out], Linear as [out, in]
+            conv = type(projection).__name__ == "Conv1D"
+            x_ND = x_ND @ (projection.weight if conv else projection.weight.T).float()
+        return ((x_ND - x_ND.mean(1, keepdim=True) if centres else x_ND) * gain_D) @ unembed_DV
+
+    return logits

@@ -2,9 +2,11 @@
 
 import atexit
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from sae import InputError, cli
@@ -12,20 +14,48 @@ from sae import InputError, cli
 OTHERS_WAIT_S = 20
 
 
+class Lost(OSError):
+    """Another process has ended, without a word to this one."""
+
+
 class Processes(NamedTuple):
+    """What they tell each other: every process has to make the same calls, in the same order."""
+
     rank: int
     count: int
     device: str  # of this process
 
     def everyone(self, value):
-        """The (small, picklable) values of all processes, in rank order. All have to call it."""
+        """The (small, picklable) values of all processes, in rank order."""
         if self.count == 1:
             return [value]
-        import torch.distributed as dist
-
         values = [None] * self.count
-        dist.all_gather_object(values, value)
+        with _together() as dist:
+            dist.all_gather_object(values, value)
         return values
+
+    def from_first(self, value):
+        """The (picklable) value of the first process."""
+        values = [value]
+        if self.count > 1:
+            with _together() as dist:
+                dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def to_first(self, value):
+        """The (picklable) values of all processes, in rank order, at the first; [] at the others."""
+        if self.count == 1:
+            return [value]
+        values = [None] * self.count if self.rank == 0 else None
+        with _together() as dist:
+            dist.gather_object(value, values, dst=0)
+        return values or []
+
+    def add_up(self, tensor):
+        """In place, at the first process: the sum of all processes' tensors, which are on the CPU."""
+        if self.count > 1:
+            with _together() as dist:
+                dist.reduce(tensor, 0)
 
     @contextmanager
     def first_decides(self):
@@ -38,17 +68,43 @@ class Processes(NamedTuple):
         said = self.everyone(None if trouble is None else str(trouble))[0]
         if trouble is not None:
             raise trouble
-        if said is not None:  # the first one prints it, and the launcher ends us when it has left
-            time.sleep(OTHERS_WAIT_S)
+        if said is not None:
+            _wait_for_the_end()
             sys.exit(2)
+
+
+@contextmanager
+def _together():
+    """Within: torch.distributed. Raises Lost where one of the processes is no more."""
+    import torch.distributed as dist
+
+    try:
+        yield dist
+    except RuntimeError as err:
+        raise Lost(f"all processes needed to the end, another one has ended ({err})"[:200]) from err
+
+
+def _wait_for_the_end():
+    """The first process prints the error; the launcher ends the others when it has left."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(OTHERS_WAIT_S)
+
+
+def launched():
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(os.environ)
+
+
+def alone_or_join(num_gpus):
+    """The Processes that `deepspeed` started, or this one alone, on whatever device."""
+    return join(num_gpus) if launched() or num_gpus > 1 else Processes(0, 1, None)
 
 
 def join(num_gpus):
     """The Processes; raises InputError unless `deepspeed` started `num_gpus` of them."""
-    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(os.environ):
+    if not launched():
         raise InputError(
             f"a start with deepspeed needed: deepspeed --num_gpus {num_gpus} "
-            f"interpret_autoencoder_deepspeed.py ... --num_gpus {num_gpus}, got one with python alone"
+            f"{Path(sys.argv[0]).name} ... --num_gpus {num_gpus}, got one with python alone"
         )
     rank, count, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if num_gpus != count:
@@ -105,8 +161,11 @@ class Parser(cli.Parser):
     def error(self, message):
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            # The launcher ends us when the first process has left; if it does not, the error is ours alone.
-            time.sleep(OTHERS_WAIT_S)
+            # Where the launcher does not end us, the error is ours alone; or the first process is no more.
+            if isinstance(message, Lost):
+                time.sleep(2 * int(rank) - 2)
+            else:
+                _wait_for_the_end()
             message = f"process {rank}: {message}"
         super().error(message)
 

@@ -13,6 +13,7 @@ from sae.models import (
     model_fingerprint,
     pick_dtype,
     skeleton,
+    way_to_logits,
 )
 
 
@@ -87,3 +88,57 @@ def test_the_same_weights_are_the_same_model_wherever_they_lie(tmp_path):
     with pytest.raises(InputError, match="weights needed"):
         Path(here, "model.safetensors").unlink()
         model_fingerprint(here)
+
+
+def test_a_direction_like_an_unembedding_row_promotes_that_token(smollm2):
+    model, tokens = load_model(smollm2, dtype="float32"), torch.tensor([1000, 30000])
+    unembed_VD, projection = model.lm_head.weight, model.model.layers[3].mlp.down_proj.weight
+    for hookpoint in ("model.layers.3", "model.layers.3.mlp", "model.layers.3.self_attn"):
+        assert way_to_logits(model, hookpoint)(unembed_VD[tokens]).argmax(1).tolist() == tokens.tolist()
+    planted_ND = unembed_VD[tokens] @ torch.linalg.pinv(projection).T
+    logits_NV = way_to_logits(model, "model.layers.3.mlp.act_fn")(planted_ND)
+    assert logits_NV.argmax(1).tolist() == tokens.tolist()
+    plain_NV = (planted_ND @ projection.T * model.model.norm.weight) @ unembed_VD.T
+    torch.testing.assert_close(logits_NV, plain_NV, rtol=1e-4, atol=1e-3)
+
+
+def tiny_of(config, **sizes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config, vocab_size=20, **sizes))
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.normal_()
+    return model.eval()
+
+
+LLAMA_SIZES = {
+    "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4,
+}  # fmt: skip
+
+
+def test_norms_that_centre_or_add_one_and_turned_projections():
+    x_ND = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    gpt2 = tiny_of("gpt2", n_embd=8, n_head=2, n_layer=1)
+    way = way_to_logits(gpt2, "transformer.h.0.mlp.act")
+    added_ND = torch.cat([x_ND] * 4, 1) @ gpt2.transformer.h[0].mlp.c_proj.weight
+    centred_ND = (added_ND - added_ND.mean(1, keepdim=True)) * gpt2.transformer.ln_f.weight
+    torch.testing.assert_close(
+        way(torch.cat([x_ND] * 4, 1)), centred_ND @ gpt2.lm_head.weight.T, rtol=1e-4, atol=1e-3
+    )
+    gemma = tiny_of("gemma", **LLAMA_SIZES)
+    wanted_NV = (x_ND * (1 + gemma.model.norm.weight)) @ gemma.lm_head.weight.T
+    torch.testing.assert_close(
+        way_to_logits(gemma, "model.layers.0.mlp")(x_ND), wanted_NV, rtol=1e-4, atol=1e-3
+    )
+
+
+def test_the_way_to_the_logits_is_none_where_it_is_not_known(tiny_llama):
+    gemma2 = tiny_of("gemma2", **LLAMA_SIZES)  # norms what a layer adds
+    for hookpoint in ("mlp", "mlp.act_fn", "self_attn"):
+        assert way_to_logits(gemma2, f"model.layers.0.{hookpoint}") is None
+    assert way_to_logits(gemma2, "model.layers.0") is not None
+    mixtral = tiny_of("mixtral", **LLAMA_SIZES, num_local_experts=2)
+    assert way_to_logits(mixtral, "model.layers.0.mlp.experts.act_fn") is None
+    assert way_to_logits(load_model(tiny_llama), "model.layers.0.self_attn.q_proj") is None

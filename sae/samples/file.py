@@ -1,7 +1,4 @@
-"""The samples file: which features, and the contexts that show what each does.
-
-Dims: F selected features, K kept contexts of a feature, T tokens of a context.
-"""
+"""The samples file: which features, and the contexts that show what each does."""
 
 from typing import NamedTuple
 
@@ -14,7 +11,10 @@ TOP, SPREAD, RANDOM = 0, 1, 2
 
 
 class Samples(NamedTuple):
-    """Dims: F selected features in ascending order, K kept contexts, T tokens of a context."""
+    """Dims: F selected features, ascending, K kept contexts, T tokens, H hard rows, P promoted tokens.
+
+    Fields with a default are absent from older files, and where there is nothing to say.
+    """
 
     config: dict  # of the autoencoder, plus the run's own values
     dataset_fingerprint: str
@@ -25,17 +25,27 @@ class Samples(NamedTuple):
     max_activation: torch.Tensor  # [F] float32
     rows: torch.Tensor  # [F, K] int64, dataset row of each kept context, -1 where there are fewer
     activations: torch.Tensor  # [F, K, T] float16, unscaled; 0 at the skipped positions
-    kind: torch.Tensor  # [F, K] int8, TOP | SPREAD | RANDOM; top first, by maximum activation, descending
+    kind: torch.Tensor  # [F, K] int8, TOP | SPREAD | RANDOM in this order, the first two strongest first
+    # [F, H] int64, dataset rows where the features of the nearest decoder rows fire, this one does not; or -1
+    hard_rows: torch.Tensor | None = None
+    promoted: torch.Tensor | None = None  # [F, P] int64, token ids, the strongest first; suppressed alike
+    suppressed: torch.Tensor | None = None
+    promoted_logits: torch.Tensor | None = None  # [F, P] float32, up to the scale of the final norm
+    suppressed_logits: torch.Tensor | None = None
+
+
+OF_FEATURES = Samples._fields[5:]  # fields with a row for each selected feature
 
 
 def save_samples(path, samples):
-    save_pt(path, samples._asdict())
+    save_pt(path, {field: value for field, value in samples._asdict().items() if value is not None})
 
 
 def load_samples(path):
     """Read what `save_samples` wrote."""
-    content = load_pt(path, "an interpretation samples file", Samples._fields)
-    return Samples(**{field: content[field] for field in Samples._fields})
+    needed = [field for field in Samples._fields if field not in Samples._field_defaults]
+    content = load_pt(path, "an interpretation samples file", needed)
+    return Samples(**{field: content[field] for field in Samples._fields if field in content})
 
 
 def only(samples, dims):
@@ -44,5 +54,5 @@ def only(samples, dims):
     if missing:
         raise InputError(f"features of the samples needed, {', '.join(map(str, missing))} are not among them")
     chosen_F = torch.isin(samples.features, torch.tensor(dims))
-    parts = ("features", "max_activation", "rows", "activations", "kind")
-    return samples._replace(**{part: getattr(samples, part)[chosen_F] for part in parts})
+    there = {field: value for field in OF_FEATURES if (value := getattr(samples, field)) is not None}
+    return samples._replace(**{field: value[chosen_F] for field, value in there.items()})

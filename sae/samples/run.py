@@ -1,15 +1,18 @@
 """A sampling run: what its flags need, refused early, and the looks it takes at contexts of the dataset."""
 
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from sae import InputError, cli
 from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
-from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton
+from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton, way_to_logits
+from sae.samples.file import Samples
 from sae.samples.look import encode_in_pieces
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
 
@@ -18,6 +21,7 @@ OWN_FLAGS = (
     "num_samples", "log_freq_lower", "log_freq_upper", "num_top", "num_spread", "num_random", "batch_size",
     "autoencoder_path",
 )  # fmt: skip
+HARD, PROMOTED = 12, 10  # hard rows, promoted and suppressed tokens of a feature
 
 
 class Run(NamedTuple):
@@ -27,7 +31,7 @@ class Run(NamedTuple):
     info: dict
     checkpoint: Checkpoint
     model: torch.nn.Module
-    module: torch.nn.Module  # of the model, at the hookpoint
+    hookpoint: str  # a module of the model
     batch_size: int
 
     @property
@@ -35,31 +39,70 @@ class Run(NamedTuple):
         """T: the tokens of a context, as the autoencoder was trained."""
         return self.checkpoint.config.get("num_tokens") or self.info["min_tokens"]
 
-    def config(self, seed, **flags):
-        """The checkpoint's config and the run's own values; two names are taken and get a prefix."""
-        own = {name: flags[name] for name in OWN_FLAGS}
-        dtype = str(self.model.dtype).removeprefix("torch.")
-        return self.checkpoint.config | own | {"samples_seed": seed, "samples_dtype_llm": dtype}
-
     def rows(self, num_samples, rng):
         """Dataset rows [N] drawn without replacement, ascending, and the document [N] of each."""
         rows_N = torch.randperm(len(self.dataset), generator=rng)[:num_samples].sort().values
         documents = self.dataset.with_format("numpy", columns=["document"])[rows_N.tolist()]["document"]
         return rows_N, torch.as_tensor(documents)
 
-    def look(self, rows_N, contexts_N):
-        """Stream the contexts `contexts_N` (places in `rows_N`) by batches: contexts [B], and its pieces."""
-        skip = self.checkpoint.config.get("skip_positions", 0)
-        batches = read_contexts(self.dataset, rows_N[contexts_N], self.batch_size, self.context_tokens)
-        acts = (activations_at(self.model, self.module, ids_BT) for ids_BT in batches)
-        if self.model.device != self.checkpoint.autoencoder.b_enc.device:
+    def look(self, rows_N, contexts_N, what, here, stopping, note):
+        """Stream the contexts `contexts_N` (places in `rows_N`) as pieces (numbers [b], features [b, T, F]).
+
+        The processes take whole batches in turn, so that the batches do not depend on how many they are.
+        `what`, `note()`: for the bar. Raises KeyboardInterrupt once one of them is `stopping()`.
+        """
+        autoencoder, skip = self.checkpoint.autoencoder, self.checkpoint.config.get("skip_positions", 0)
+        module, batches = self.model.get_submodule(self.hookpoint), contexts_N.split(self.batch_size)
+        mine = torch.cat([contexts_N[:0], *batches[here.rank :: here.count]])
+        ids = read_contexts(self.dataset, rows_N[mine], self.batch_size, self.context_tokens)
+        acts = (activations_at(self.model, module, ids_BT) for ids_BT in ids)
+        if self.model.device != autoencoder.b_enc.device:
             acts = prefetch(acts)
-        for contexts_B, acts_BTD in zip(contexts_N.split(self.batch_size), acts, strict=True):
-            yield contexts_B, encode_in_pieces(self.checkpoint.autoencoder, contexts_B, acts_BTD[:, skip:])
+        # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
+        delay = 0 if sys.stderr.isatty() else 10
+        options = {"unit": "context", "delay": delay, "disable": here.rank > 0}
+        with tqdm(total=len(contexts_N), desc=what, **options) as bar:
+            for start in range(0, len(batches), here.count):
+                turn = batches[start : start + here.count]
+                if here.rank < len(turn):
+                    yield from encode_in_pieces(autoencoder, turn[here.rank], next(acts)[:, skip:])
+                if bar.update(sum(map(len, turn))):
+                    bar.set_postfix_str(note(), refresh=False)
+                if any(here.everyone(stopping())):
+                    raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
+
+    def samples(self, survey, choice, activations_FKT, peak_FM, rows_N, seed, **flags):
+        """What the file holds. The config is the checkpoint's and the run's own values; two have a prefix."""
+        own = {name: flags[name] for name in OWN_FLAGS}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        config = self.checkpoint.config | own | {"samples_seed": seed, "samples_dtype_llm": dtype}
+        hard_FH = survey.hard(choice, peak_FM, HARD)
+        rows_FK, hard_FH = (rows_N[part].where(part >= 0, -1) for part in (choice.contexts_FK, hard_FH))
+        return Samples(
+            config, self.info["fingerprint"], self.checkpoint.fingerprint, survey.tokens,
+            survey.log10_frequency(), choice.features_F, choice.max_F, rows_FK, activations_FKT,
+            choice.kind_FK, hard_FH, **self._promoted(choice.features_F),
+        )  # fmt: skip
+
+    def _promoted(self, features_F):
+        """Samples' fields on promoted and suppressed tokens; none, said once, where the way is not known."""
+        logits = way_to_logits(self.model, self.hookpoint)
+        if logits is None:
+            print(f"no promoted tokens: the way from {self.hookpoint} to the logits is not known")
+            return {}
+        fields, rows_FD = {}, self.checkpoint.autoencoder.W_dec.to(self.model.device)[features_F]
+        for rows_fD in rows_FD.split(256):
+            # Embeddings behind the tokenizer's last are filling.
+            logits_fV = logits(rows_fD)[:, : self.info["vocab_size"]]
+            for name, largest in (("promoted", True), ("suppressed", False)):
+                values, tokens = logits_fV.topk(PROMOTED, largest=largest)
+                fields.setdefault(name, []).append(tokens.cpu())
+                fields.setdefault(f"{name}_logits", []).append(values.cpu())
+        return {name: torch.cat(parts) for name, parts in fields.items()}
 
 
 def prepare(
-    num_samples, dataset_path, autoencoder_path, save_path, target_model_name, target_model_device,
+    here, num_samples, dataset_path, autoencoder_path, save_path, target_model_name, target_model_device,
     autoencoder_device, log_freq_upper, log_freq_lower, batch_size, dtype_llm,
     allow_other_tokenizer=False, **_others,
 ):  # fmt: skip
@@ -71,7 +114,9 @@ def prepare(
     check_writable("--save_path", save_path)
     if Path(save_path).suffix == ".png":
         raise InputError(f"--save_path needs the name of a file (.pt), got {save_path}")
-    llm_device, device = cli.default_devices()
+    if here.count > 1 and (target_model_device or autoencoder_device):
+        raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
+    llm_device, device = (here.device,) * 2 if here.count > 1 else cli.default_devices()
     llm_device = cli.check_device("--target_model_device", target_model_device or llm_device)
     device = cli.check_device("--autoencoder_device", autoencoder_device or device)
     dataset, info = open_dataset(dataset_path)
@@ -86,8 +131,8 @@ def prepare(
     check_target(config, name, info)
     check_tokenizer(info, name, allow_other_tokenizer)
     model = load_model(name, llm_device, dtype_llm)
-    module, _ = find_hookpoint(model, config["hookpoint"], config["layer_id"])
-    return Run(dataset, info, checkpoint, model, module, batch_size)
+    _, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
+    return Run(dataset, info, checkpoint, model, hookpoint, batch_size)
 
 
 def check_target(config, name, info):

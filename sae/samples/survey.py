@@ -9,6 +9,7 @@ count down as the context's number goes up: of equal activations the lower numbe
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -21,6 +22,7 @@ LOW = 2**32 - 1  # the bits of a key with the context's number
 CELL_BIT = 52
 DRAW = 2**CELL_BIT - 2**32  # the bits that a draw takes in a key: those of the activation within its cell
 CELLS_OF_STEP = 4  # two steps from an activation to its half
+NEAR, OF_NEAR = 8, 6  # features of the nearest decoder rows, and strongest contexts of each
 
 
 def between(log10_frequency, lower, upper):
@@ -33,11 +35,35 @@ def in_band(log10_frequency, lower, upper):
     if len(features) == 0:
         alive = log10_frequency[log10_frequency > -math.inf]
         came = f"they lie from {alive.min():.2f} to {alive.max():.2f}" if len(alive) else "none ever fired"
+        other = wider_band(log10_frequency, lower, upper)
         raise InputError(
-            f"features with log10 frequency between {lower:g} and {upper:g} needed, there is none: "
-            f"{came} ({len(alive)} alive, {len(log10_frequency) - len(alive)} dead)"
+            f"features with log10 frequency between {lower:g} and {upper:g} needed, there is none: {came} "
+            f"({len(alive)} alive, {len(log10_frequency) - len(alive)} dead){other and '; '}{other}"
         )
     return features
+
+
+def wider_band(log10_frequency, lower, upper):
+    """How many features lower limits would hold, in words; "" where a tenth of those that fire is inside."""
+    count = int((log10_frequency > -math.inf).sum())
+    held, parts = [int(between(log10_frequency, lower, upper).sum())], []
+    for limit in range(math.ceil(lower) - 1, -9, -1):
+        held.append(int(between(log10_frequency, limit, upper).sum()))
+        if held[-1] > held[-2]:
+            parts.append(f"{limit} would hold {held[-1]}")
+    if 10 * held[0] >= count or not parts:
+        return ""
+    return f"of {count} features that fire --log_freq_lower {', '.join(parts)}"
+
+
+class Choice(NamedTuple):
+    """Which contexts show the selected features, by number; -1 where there are fewer."""
+
+    features_F: torch.Tensor
+    max_F: torch.Tensor
+    contexts_FK: torch.Tensor
+    kind_FK: torch.Tensor
+    near_FM: torch.Tensor  # where features of near decoder rows fire most, the strongest of each first
 
 
 class Survey:
@@ -94,8 +120,8 @@ class Survey:
         """[F] float32: log10 of the share of tokens each feature fired on, -inf where it never did."""
         return (self.count_F.double() / max(self.tokens, 1)).log10().float().cpu()
 
-    def choose(self, features_F):
-        """Contexts of the features: numbers [F, K], -1 where there are fewer; kind [F, K]; maximum [F]."""
+    def choose(self, features_F, W_dec_FD):
+        """The Choice for some features; W_dec_FD: the decoder rows of all."""
         self._keep()
         features_F = features_F.to(self.documents_N.device)
         num_top, num_spread, num_random = self.nums
@@ -105,7 +131,7 @@ class Survey:
         lots_FM = LOW - common_R[order_FR]
         # Where documents are few, random contexts leave the others their part.
         fair = min(num_random, len(self.documents_N.unique()) * num_random // sum(self.nums))
-        random_FK = self._pick(lots_FM, fair)
+        random_FK = self._pick(lots_FM, fair, lots_FM[:, :0])
         top_FK = self._pick(self.top_FM[features_F], num_top, random_FK)
         taken_FK = torch.cat([random_FK, top_FK], 1)
         spread_FK = self._pick(self._by_steps(features_F), num_spread, taken_FK).sort(descending=True).values
@@ -114,8 +140,22 @@ class Survey:
         key_FK = torch.cat([top_FK, spread_FK, random_FK, more_FK], 1)
         kind_K = torch.arange(3, dtype=torch.int8).repeat_interleave(torch.tensor(self.nums))
         max_F = (self.top_FM[features_F, 0] >> 32).int().view(torch.float32)
-        context_FK = self._context(key_FK).where(key_FK > 0, -1)
-        return context_FK.cpu(), kind_K.repeat(len(key_FK), 1), max_F.cpu()
+        strong_FK = self._context(top_FK)[:, :OF_NEAR].where(top_FK[:, :OF_NEAR] > 0, -1)
+        near_FM = strong_FK[nearest(W_dec_FD[features_F])].transpose(1, 2).flatten(1)
+        contexts_FK = self._context(key_FK).where(key_FK > 0, -1)
+        parts = features_F, max_F, contexts_FK, kind_K.repeat(len(key_FK), 1), near_FM
+        return Choice(*(part.cpu() for part in parts))
+
+    def hard(self, choice, peak_FM, most):
+        """Contexts [F, most] of `choice.near_FM`, -1 where there are fewer, in which the feature is silent.
+
+        peak_FM: what it does there at most. No context is of a document that the feature has one of.
+        """
+        device = self.documents_N.device
+        near_FM, peak_FM, kept_FK = (x.to(device) for x in (choice.near_FM, peak_FM, choice.contexts_FK))
+        key_FM = (LOW - near_FM).where((near_FM >= 0) & (peak_FM == 0), 0)
+        key_FH = self._pick(key_FM, most, (LOW - kept_FK).where(kept_FK >= 0, 0))
+        return self._context(key_FH).where(key_FH > 0, -1).cpu()
 
     def _keep(self):
         """Take the waiting contexts into what is kept."""
@@ -155,11 +195,9 @@ class Survey:
         order_FSM = (key_FSM & DRAW).argsort(-1, descending=True)
         return key_FSM.gather(-1, order_FSM).transpose(1, 2).flatten(1)
 
-    def _pick(self, key_FM, most, taken_FK=None):
+    def _pick(self, key_FM, most, taken_FK):
         """Of each feature's candidates, in order, the first `most` of documents not taken: keys [F, most]."""
-        if taken_FK is None:
-            taken_FK = key_FM[:, :0]
-        at, count_F = taken_FK.shape[1], torch.zeros_like(key_FM[:, 0])
+        at, count_F = taken_FK.shape[1], key_FM.new_zeros(len(key_FM))
         picked_FK = pad(taken_FK, (0, most))
         used_FK = self._document(picked_FK).where(picked_FK > 0, -1)
         for key_F in key_FM.T:
@@ -181,3 +219,13 @@ class Survey:
 
     def _document(self, key):
         return self.documents_N[self._context(key)]
+
+
+def nearest(rows_FD):
+    """[F, NEAR] or fewer: for each of these unit rows the places of those with the highest cosine to it."""
+    places = []
+    for first, rows_fD in zip(range(0, len(rows_FD), 1024), rows_FD.split(1024), strict=True):
+        cosine_fF = rows_fD @ rows_FD.T
+        cosine_fF.diagonal(first).fill_(-2)
+        places.append(cosine_fF.topk(min(NEAR, len(rows_FD) - 1)).indices)
+    return torch.cat(places)

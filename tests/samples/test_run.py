@@ -1,13 +1,17 @@
 """The script, on the real SmolLM2 against a brute force of plain hooks, and on a tiny Llama for the rest."""
 
+import contextlib
 import os
 import pickle
+import random
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_dataset
@@ -15,7 +19,7 @@ from conftest import ROOT, assert_refused, run_script, write_dataset
 import generate_interpretation_samples as script
 from sae import InputError
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
-from sae.models import model_fingerprint
+from sae.models import load_model, model_fingerprint
 from sae.samples import RANDOM, SPREAD, TOP, load_samples
 from sae.samples.run import check_target
 from sae.tokens import open_dataset
@@ -110,6 +114,28 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
             wanted = f_NTF[row, :, feature].half() if row >= 0 else torch.zeros(LENGTH - SKIP).half()
             torch.testing.assert_close(activations[slot, column, SKIP:], wanted, rtol=2e-3, atol=1e-4)
             assert not activations[slot, column, :SKIP].any()
+
+    assert samples.hard_rows.shape == (len(rows), 12) and (samples.hard_rows >= 0).any()
+    for slot, feature in enumerate(samples.features.tolist()):
+        hard = samples.hard_rows[slot][samples.hard_rows[slot] >= 0]
+        assert not f_NTF[hard, :, feature].any()  # silent here, though among the strongest of another one
+        assert torch.isin(hard, rows[:, :6]).all()
+        assert not torch.isin(documents_N[hard], documents_N[rows[slot][rows[slot] >= 0]]).any()
+
+    model = load_model(load_checkpoint(path).config["model_name"], dtype="float32")
+    writes_FD = autoencoder.W_dec[samples.features] @ model.model.layers[1].mlp.down_proj.weight.T
+    logits_FV = (writes_FD * model.model.norm.weight) @ model.lm_head.weight.T
+    assert samples.promoted.shape == samples.suppressed.shape == (len(rows), 10)
+    torch.testing.assert_close(samples.promoted_logits, logits_FV.topk(10).values, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        samples.suppressed_logits, logits_FV.topk(10, largest=False).values, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        logits_FV.gather(1, samples.promoted), samples.promoted_logits, rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        logits_FV.gather(1, samples.suppressed), samples.suppressed_logits, rtol=1e-4, atol=1e-4
+    )
 
     assert samples.config["seed"] == 11 and samples.config["samples_seed"] == 0
     assert samples.config["num_samples"] == 240 and samples.config["num_top"] == 10
@@ -250,3 +276,89 @@ def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama,
 )
 def test_bad_values_are_refused(flag, value):
     assert_refused(run_script("generate_interpretation_samples.py", 5, flag, value), flag, value)
+
+
+def launch(count, *args, **options):
+    """The script on `count` processes, as the launcher of deepspeed starts them, in a group of its own."""
+    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [
+        launcher,
+        "--num_gpus",
+        count,
+        "--master_port",
+        port,
+        ROOT / "generate_interpretation_samples.py",
+    ]
+    return subprocess.Popen(
+        [*map(str, command), *map(str, args), "--num_gpus", str(count)], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=options.get("cwd"),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def finish(process, timeout=240):
+    """(status, the lines of our own that it printed), and nothing of it is left."""
+    try:
+        said = process.communicate(timeout=timeout)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert 'generate_interpretation_samples.py", line' not in said, said  # a traceback of ours
+    ours = ("generate_interpretation_samples.py: error", "stopped", "features in the band,")
+    return process.returncode, [line for line in said.splitlines() if any(word in line for word in ours)]
+
+
+def words(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def test_two_processes_write_the_same_file(tmp_path, tiny):
+    # 41 contexts in batches of 4: the last round has a batch for one process alone, of one context.
+    flags = [41, *words(tiny), "--batch_size", 4, "--no-save_plot", "--num_top", 3, "--num_spread", 2]
+    status, lines = finish(launch(2, *flags, "--save_path", tmp_path / "two.pt"))
+    assert status == 0 and len(lines) == 1, lines
+    one = run_script(
+        "generate_interpretation_samples.py", *flags, "--save_path", tmp_path / "one.pt",
+        env={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr
+    assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()
+    assert lines[0].split(";")[0] == one.stdout.splitlines()[-1].split(";")[0]
+
+
+def test_a_refusal_on_two_processes_is_one_line(tmp_path, tiny):
+    flags = [60, *words(tiny), "--save_path", tmp_path / "s.pt"]
+    status, lines = finish(launch(2, *flags, "--log_freq_lower", -9, "--log_freq_upper", -8))
+    assert status == 2 and len(lines) == 1 and "-9 and -8 needed, there is none" in lines[0], lines
+    assert_refused(run_script("generate_interpretation_samples.py", *flags, "--num_gpus", 2), "deepspeed")
+    assert os.listdir(tmp_path) == []
+
+
+def in_the_middle(launcher, dataset_path, count):
+    """Pids of the script's processes, by rank, once all have opened the dataset (and joined before)."""
+    while launcher.poll() is None:
+        by_rank = {}
+        with contextlib.suppress(psutil.Error, OSError):
+            for child in psutil.Process(launcher.pid).children(recursive=True):
+                rank = [word for word in child.cmdline() if word.startswith("--local_rank=")]
+                if rank and dataset_path in Path(f"/proc/{child.pid}/maps").read_text():
+                    by_rank[rank[0]] = child.pid
+        if len(by_rank) == count:
+            return [by_rank[rank] for rank in sorted(by_rank)]
+        time.sleep(0.01)
+    raise AssertionError(launcher.communicate()[0])
+
+
+@pytest.mark.parametrize("how", ["kill 0", "kill 1", "Ctrl-C"])
+def test_a_process_that_dies_and_a_stop_end_all(tmp_path, tiny, how):
+    flags = [90, *words(tiny), "--batch_size", 1, "--save_path", tmp_path / "s.pt"]
+    process = launch(2, *flags)
+    pids = in_the_middle(process, tiny["dataset_path"], 2)
+    if how == "Ctrl-C":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        os.kill(pids[int(how[-1])], signal.SIGKILL)
+    status, lines = finish(process)
+    assert status and len(lines) == 1 and os.listdir(tmp_path) == [], lines
+    assert ("stopped" if how == "Ctrl-C" else "another one has ended") in lines[0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae import InputError
-from sae.samples import RANDOM, SPREAD, TOP, Survey, in_band
+from sae.samples import RANDOM, SPREAD, TOP, Survey, in_band, wider_band
 
 TOP_6, SPREAD_12, RANDOM_4 = 6, 12, 4
 
@@ -26,12 +26,17 @@ def survey_of(f_NTF, documents_N, nums=(TOP_6, SPREAD_12, RANDOM_4), seed=0, bat
     return survey
 
 
+def choice_of(survey, features, rows_FD=None):
+    features_F = torch.tensor(features)
+    return survey.choose(features_F, torch.eye(len(survey.count_F)) if rows_FD is None else rows_FD)
+
+
 def chosen(survey, features):
     """Per feature the lists of its top, spread and random contexts, without the missing."""
-    contexts_FK, kind_FK, _ = survey.choose(torch.tensor(features))
+    choice = choice_of(survey, features)
     kinds = [kind for kind, num in zip((TOP, SPREAD, RANDOM), survey.nums, strict=True) for _ in range(num)]
-    assert kind_FK[0].tolist() == kinds
-    parts = contexts_FK.split(survey.nums, 1)
+    assert choice.kind_FK[0].tolist() == kinds
+    parts = choice.contexts_FK.split(survey.nums, 1)
     return [[[n for n in row.tolist() if n >= 0] for row in rows] for rows in zip(*parts, strict=True)]
 
 
@@ -120,7 +125,7 @@ def test_draws_are_fair_wherever_the_maximum_comes():
     wins = torch.zeros(20)
     for seed in range(2):
         survey = survey_of(f_NTF, torch.arange(81), (1, 4, 1), seed=seed, block=16)
-        spread = survey.choose(torch.arange(1000))[0][:, 1:5]
+        spread = choice_of(survey, range(1000)).contexts_FK[:, 1:5]
         wins += torch.bincount(spread[(spread >= 0) & (spread < 20)], minlength=20)
     share = wins / wins.sum()
     assert wins.sum() > 1900  # the others have it among their random ones, or as their maximum
@@ -143,7 +148,7 @@ def test_random_contexts_fire_as_often_as_all(per_document):
     fires_NF = subject_UF[documents_N] & (torch.rand(len(documents_N), 1000, generator=rng) < 0.5)
     f_NTF = (fires_NF * torch.rand(fires_NF.shape, generator=rng))[:, None]
     survey = survey_of(f_NTF, documents_N, (24, 12, 16), block=256, batch=256)
-    random_FK = survey.choose(torch.arange(1000))[0][:, 36:]
+    random_FK = choice_of(survey, range(1000)).contexts_FK[:, 36:]
     assert (random_FK >= 0).all() and len(random_FK.unique()) <= 4 * 52
     fired = fires_NF[random_FK, torch.arange(1000)[:, None]].float().mean()
     assert abs(fired - fires_NF.float().mean()) < 0.005, (fired, fires_NF.float().mean())
@@ -159,7 +164,7 @@ def test_missing_contexts_are_minus_one():
     f_NTF = torch.zeros(5, 3, 2)
     f_NTF[3, 1, 1] = 2.0
     survey = survey_of(f_NTF, torch.tensor([0, 1, 2, 3, 3]))
-    contexts_FK, _, max_F = survey.choose(torch.tensor([1]))
+    _, max_F, contexts_FK, _, _ = choice_of(survey, [1])
     assert contexts_FK[0, :18].tolist() == [3] + [-1] * 17
     assert sorted(contexts_FK[0, 18:].tolist()) == [-1, 0, 1, 2]  # never 4, of the same document as 3
     assert max_F.tolist() == [2.0]
@@ -174,6 +179,28 @@ def test_memory_does_not_grow_with_contexts():
         sizes.append(sum(value.untyped_storage().nbytes() for value in held) - 16 * contexts)
         assert sum(len(contexts_B) for contexts_B, _ in survey.waiting) < 64
     assert sizes[0] == sizes[1]
+
+
+def test_hard_contexts_are_strong_at_near_features_and_silent_here():
+    # Features 0 and 1 have almost the same decoder row; a document is two contexts.
+    rows_FD = torch.nn.functional.normalize(torch.tensor([[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 0, 1.0]]))
+    f_NTF = torch.zeros(40, 3, 4)
+    f_NTF[[0, 2, 4, 6, 8, 30, 14], 1, 0] = torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 0.001])
+    f_NTF[[0, 10, 12, 14, 5], 2, 1] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])
+    f_NTF[[20, 22], 2, 2] = torch.tensor([5.0, 4.0])
+    survey = survey_of(f_NTF, torch.arange(40) // 2, (6, 1, 0))
+    choice = choice_of(survey, [0, 1, 2], rows_FD)
+    assert [n for n in choice.near_FM[0].tolist() if n >= 0] == [0, 20, 10, 22, 12, 14, 5]
+    peak_FM = f_NTF.amax(1).T[:3].gather(1, choice.near_FM.clamp(min=0))
+    # Not 0 and 14, on which it fires, nor 5, beside one of its own.
+    assert survey.hard(choice, peak_FM, 5)[0].tolist() == [20, 10, 22, 12, -1]
+
+
+def test_one_feature_alone_has_no_hard_contexts():
+    survey = survey_of(torch.rand(40, 1, 2), torch.arange(40))
+    choice = choice_of(survey, [1])
+    assert choice.near_FM.shape == (1, 0)
+    assert survey.hard(choice, torch.zeros(1, 0), 3).tolist() == [[-1, -1, -1]]
 
 
 def test_frequencies_are_counts():
@@ -194,6 +221,16 @@ def test_activations_that_are_not_finite_are_refused():
 def test_the_band_excludes_its_edges():
     frequency = torch.tensor([-math.inf, -3.0, -2.0, -1.5, -1.0, -0.5])
     assert in_band(frequency, -2.0, -0.5).tolist() == [3, 4]
+
+
+def test_a_band_with_few_features_says_which_would_hold_more():
+    frequency = torch.cat([torch.full((50,), -3.5), torch.full((40,), -2.5), torch.tensor([-1.0, -math.inf])])
+    hint = "of 91 features that fire --log_freq_lower -3 would hold 41, -4 would hold 91"
+    assert wider_band(frequency, -2.0, -0.1) == hint
+    assert wider_band(frequency, -3.0, -0.1) == ""  # 41 of 91 are enough
+    assert wider_band(frequency, -8.0, -3.6) == ""  # a lower limit would not help
+    with pytest.raises(InputError, match=r"there is none: .*; of 91 .*-3 would hold 40, -4 would hold 90"):
+        in_band(frequency, -2.0, -1.5)
 
 
 def test_a_band_without_features_names_the_range():
