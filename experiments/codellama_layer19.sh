@@ -12,7 +12,8 @@ python generate_tokenized_dataset.py 16 10000 --num_processes 16 --min_tokens 25
 python train_autoencoder_from_tokens.py 19 mlp_activations --dataset_path "$out/tokens" --num_batches 100000 \
     --neuron_resampling_method anthropic --skip_positions 1 --save_path "$out/run" --resume
 [ -e "$out/samples.pt" ] || python generate_interpretation_samples.py 50000 --dataset_path "$out/tokens" \
-    --autoencoder_path "$out/run/100000.pt" --save_path "$out/samples.pt"
+    --autoencoder_path "$out/run/100000.pt" --save_path "$out/samples.pt" \
+    --log_freq_lower -4.7 --log_freq_upper -1  # fires 256 times in these 12.8 million tokens; on a tenth of them
 deepspeed --num_gpus 4 interpret_autoencoder_deepspeed.py "$server" "$key" --num_gpus 4 \
     --dataset_path "$out/tokens" --interpretation_samples_path "$out/samples.pt" \
     --autoencoder_path "$out/run/100000.pt"
