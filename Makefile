@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DS_BUILD_OPS = 0
 
-.PHONY: demo test test-all lint docs interop interop-dashboard interop-saebench explainer clean browser
+.PHONY: demo test test-all lint docs interop interop-dashboard explainer clean browser
 
 demo: inputs/.done
 	bash experiments/demo.sh
@@ -77,14 +77,5 @@ interop-dashboard: inputs/.done .venv-dashboard/.done
 	.venv-dashboard/bin/pip install --quiet torch==2.13.0 sae-dashboard==0.8.0 'pyarrow<21'
 	touch $@
 
-# A core evaluation of SAEBench on an exported autoencoder, likewise.
-interop-saebench: inputs/.done .venv-saebench/.done
-	.venv-saebench/bin/python tests/interop/run_saebench.py
-
-.venv-saebench/.done:
-	$(PYTHON) -m venv .venv-saebench
-	.venv-saebench/bin/pip install --quiet torch==2.13.0 sae-bench==0.6.0 'pyarrow<21'
-	touch $@
-
 clean:
-	rm -rf .venv .venv-interop .venv-dashboard .venv-saebench .cache inputs demo
+	rm -rf .venv .venv-interop .venv-dashboard .cache inputs demo
