@@ -112,6 +112,7 @@ function order(words) {
   return scored.length ? { key: "score", up: false } : { key: "dim", up: true };
 }
 
+let planned = 0;
 function refresh() {
   const words = $("search").value.toLowerCase().split(/\s+/).filter(Boolean), wanted = filters();
   const { key, up } = order(words);
@@ -135,7 +136,9 @@ function refresh() {
   $("list").setAttribute("aria-rowcount", shown.length + 1);
   drawn = null;
   draw();
-  plot();
+  // The map follows a frame later: typing in the search does not wait for it.
+  cancelAnimationFrame(planned);
+  planned = requestAnimationFrame(plot);
 }
 
 function tokenChip(text) {

@@ -295,7 +295,7 @@ def test_filters_by_score_hand_and_frequency(browser):
 def test_the_map_selects(browser):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    assert len(find(browser, "#map .points")) == 6
+    wait(browser, lambda: len(find(browser, "#map .points")) == 6)
     x, y = browser.execute_script("return scale.at(byId.get('f7'))")
     map_, actions = find(browser, "#map")[0], ActionChains(browser)
     left, top = x - map_.rect["width"] / 2, y - map_.rect["height"] / 2
@@ -308,7 +308,7 @@ def test_the_map_selects(browser):
     ActionChains(browser).move_by_offset(-30, -20).click_and_hold().move_by_offset(60, 40).release().perform()
     assert listed(browser) == [7] and texts(browser, "#count") == ["1 of 273 features"]
     assert 0.5 < float(find(browser, "#score_from")[0].get_property("value")) < 0.8
-    assert float(find(browser, "#map .brush")[0].get_attribute("width")) > 30
+    wait(browser, lambda: float(find(browser, "#map .brush")[0].get_attribute("width")) > 30)
     # A click beside the points takes the selection back.
     ActionChains(browser).move_to_element_with_offset(map_, 0, int(top)).click().perform()
     assert texts(browser, "#count") == ["273 features"]
