@@ -436,6 +436,9 @@ def test_two_layers_in_one_page(wide, two_runs):
     assert texts(wide, "#count") == ["275 features"]
     assert texts(wide, ".runs tbody th") == ["layer 1, mlp_activations", "layer 20, attn_sublayer"]
     assert texts(wide, ".runs tbody td:nth-child(7)") == ["63", "0"]
+    choose(wide, "run", "layer 20, attn_sublayer")
+    assert texts(wide, "#count") == ["2 of 275 features"]
+    find(wide, "#reset")[0].click()
     choose(wide, "layer_type", "attn_sublayer")
     assert listed(wide)[:2] == [7, 9] and "layer 20" in texts(wide, ".row .dim small")[0]
     find(wide, ".row")[0].click()
