@@ -49,6 +49,7 @@ def parse_args():
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     add("--num_gpus", type=positive, default=1, help="processes that deepspeed started, on all machines")
     add("--local_rank", type=int, help="set by deepspeed")
+    add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     plot = argparse.BooleanOptionalAction
     add("--save_plot", action=plot, default=True, help="histogram of frequencies (.png) beside the samples")
     return parser, parser.parse_args()

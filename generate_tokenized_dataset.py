@@ -51,6 +51,7 @@ def parse_args():
         "chat template (default: found: content, text, code, ...)",
     )
     add("--seed", type=cli.SEED, default=0, help="of the order in which files (shards) are read")
+    add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     args = parser.parse_args()
     if args.add_bos and args.min_tokens < 2:
         parser.error("--min_tokens needs at least 2 with --add_bos, 1 came")
@@ -63,7 +64,7 @@ def parse_args():
 def main():
     parser, args = parse_args()
     flags = vars(args)
-    save_path = flags.pop("save_path")
+    save_path, trust_remote_code = flags.pop("save_path"), flags.pop("trust_remote_code")
     with parser.friendly_errors(), cli.stop_requested() as stopping:
         from sae import tokens
 
@@ -71,7 +72,7 @@ def main():
         tokens.refuse_missing(args.dataset_name)
         from sae import InputError, models  # imports torch and transformers, which takes seconds
 
-        tokenizer = models.load_tokenizer(args.tokenizer_name)
+        tokenizer = models.load_tokenizer(args.tokenizer_name, trust_remote_code)
         if not tokenizer.is_fast:
             raise InputError(f"a fast tokenizer needed, {args.tokenizer_name} has none")
         bos = tokenizer.bos_token_id

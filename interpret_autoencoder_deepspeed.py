@@ -60,6 +60,7 @@ def parse_args():
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
     add("--batch_size", type=cli.whole_number(2), default=8, help="features explained and scored together")
     add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLM")
+    add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--seed", type=cli.SEED, default=0, help="of selections and bootstrap intervals")
     return parser, parser.parse_args()
 
@@ -81,12 +82,12 @@ def interpret(args):  # in each process
     here = processes.join(args.num_gpus)
     path = Path(args.interpretation_samples_path).with_suffix(".explanations.jsonl")
     files = args.interpretation_samples_path, args.dataset_path, args.autoencoder_path, args.features or ()
-    documents, name = {}, args.interpretation_model_name
+    documents, name, trust = {}, args.interpretation_model_name, args.trust_remote_code
     with here.first_decides():
         if here.rank == 0:
             material = explanations.open_material(*files)
-            models.skeleton(name)
-            explanations.digit_ids(models.load_tokenizer(name))
+            skeleton = models.skeleton(name, args.dtype, trust)
+            explanations.check_interpreter(skeleton, models.load_tokenizer(name, trust))
             origin = material.origin(name, args.simulation, settings(args, here.device))
             documents, torn = explanations.read_journal(path)
             explanations.check_journal(documents, origin, path)
@@ -116,7 +117,8 @@ def interpret(args):  # in each process
             book = stack.enter_context(explanations.Journal(path))
             writer.submit(lacking)
         interpreter = explanations.Interpreter(
-            processes.load_model(here, name, args.dtype, args.parallel), models.load_tokenizer(name)
+            processes.load_model(here, name, args.dtype, args.parallel, trust),
+            models.load_tokenizer(name, trust),
         ) if pending else None  # fmt: skip
         started = time.monotonic()
         rounds = explanations.explained(

@@ -69,6 +69,7 @@ def parse_args():
         default=0,
         help="to judge by; 0: 128 to 4096, as checkpoints are far",
     )
+    add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
     return parser, parser.parse_args()
 

@@ -4,6 +4,7 @@ Dims: B contexts, T tokens, N rows (tokens of many contexts), D the hookpoint's 
 """
 
 import difflib
+import math
 import queue
 import threading
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ def find_hookpoint(model, template, layer):
     except (IndexError, KeyError, ValueError):
         raise InputError(f"hookpoint needed with one {{}} for the layer, got {template!r}") from None
     modules = dict(model.named_modules())
+    if ".experts." in name:
+        raise InputError(f"hookpoint needed that sees all tokens, {name!r} is inside experts")
     if name not in modules:
         close = difflib.get_close_matches(name, modules, n=3, cutoff=0.0)
         raise InputError(f"hookpoint needed: {name!r} is no module of the model; closest: {', '.join(close)}")
@@ -51,7 +54,10 @@ def on_output(module, shape, hook):
         if threading.get_ident() != thread:
             return None
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        new = hook(first.view(*shape, first.shape[-1]))
+        came = list(getattr(first, "shape", ())) or type(first).__name__
+        if isinstance(came, str) or math.prod(came[:-1]) != math.prod(shape):
+            raise InputError(f"hookpoint needed with a row for each of {list(shape)} tokens, this has {came}")
+        new = hook(first.reshape(*shape, first.shape[-1]))
         if new is None:
             return None
         return new.view_as(first) if rest is None else (new.view_as(first), *rest)
@@ -84,7 +90,10 @@ def activation_width(model, module):
     """D, read off a pass over one token; the model may be a `models.skeleton` without weights."""
     with model.device:
         token, seen = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1)
-        return activations_at(model, module, token, attention_mask=seen).shape[-1]
+        try:
+            return activations_at(model, module, token, attention_mask=seen).shape[-1]
+        except (NotImplementedError, RuntimeError) as err:  # code that looks at values, for instance
+            raise InputError(f"a model that runs without weights needed, to know the width: {err}") from err
 
 
 def activation_rows(model, module, batches, skip_positions=0):

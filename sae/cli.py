@@ -11,6 +11,7 @@ from sae import InputError
 
 CODELLAMA = "codellama/CodeLlama-7b-Instruct-hf"
 STOPPED = 130  # exit status after Ctrl-C or SIGTERM: a wrapper must not go on to the next script
+TRUST_REMOTE_CODE = {"action": "store_true", "help": "run the Python code that some models bring with them"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -1,7 +1,10 @@
 """Load an LLM and its tokenizer: by hub name, from a folder, or from a .gguf file."""
 
 import hashlib
+import itertools
 import json
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,6 +13,9 @@ from sae import InputError
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of each file of weights, for the fingerprint
 GIT_LFS = b"version https://git-lfs"
+POSITION_TABLE = re.compile(
+    r"(wpe|embed_positions|position_embeddings|positions_embed|pos_encoding|pos_emb)(\.weight)?$"
+)
 
 
 def load_tokenizer(name, trust_remote_code=False):
@@ -95,13 +101,16 @@ def _why(path, err):
             return f"{file.name} is only the pointer of Git LFS, `git lfs pull` fetches the file"
     if "trust_remote_code" in str(err):
         return "it comes with Python code of its own, which runs with --trust_remote_code alone"
+    if "weights_only" in str(err):
+        return "its weights are more than plain tensors, and nothing is ever unpickled: safetensors needed"
     if (path / "adapter_config.json").is_file():
         return f"it is an adapter, to be merged into its model first (PEFT): {_words(err)}"
     return _words(err)
 
 
 def _words(err):
-    return f"{type(err).__name__}: {' '.join(str(err).split())[:300]}"
+    text = " ".join(str(err).split()).partition(" Model type should be one of")[0]
+    return f"{type(err).__name__}: {text[:300]}"
 
 
 def weight_files(name):
@@ -140,7 +149,9 @@ def model_fingerprint(name):
                 for start in range(0, size, max(SAMPLE_BYTES, size // SAMPLES)):
                     handle.seek(start)
                     digest.update(handle.read(SAMPLE_BYTES))
-    except (OSError, ValueError) as err:
+    except InputError:
+        raise
+    except Exception as err:  # as many ways as in `_load`
         raise InputError(
             f"{MODEL} needed: {name} is no hub name, folder or .gguf that opens: {_why(Path(name), err)}"
         ) from err
@@ -170,6 +181,19 @@ def check_vocabulary(model_config, info):
             f"token ids below {size} needed by the model, the dataset (tokenizer {info['tokenizer_name']}) "
             f"has ids up to {info.get('max_token_id', info['vocab_size'] - 1)}"
         )
+
+
+def check_positions(model, num_tokens):
+    """Refuse contexts longer than a model's table of positions; warn where only training ended there."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name
+    if not most or num_tokens <= most:
+        return
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    said = f"contexts of at most {most} tokens needed by a {config.model_type}, got {num_tokens}"
+    if config.model_type == "mpt" or any(POSITION_TABLE.search(name) for name, _ in named):
+        raise InputError(f"{said}: --num_tokens {most} takes the first of each context")
+    print(f"warning: {said}; what it computes behind them is guesswork", file=sys.stderr)
 
 
 # Modules by the names that architectures give them: what adds its output to the residual stream, activation

@@ -127,12 +127,12 @@ def join(num_gpus):
     return Processes(rank, count, f"cuda:{local}" if gpus else "cpu")
 
 
-def load_model(processes, name, dtype, parallel):
+def load_model(processes, name, dtype, parallel, trust_remote_code=False):
     """The LLM `name`: whole on this process's device ("data"), or this process's share of it ("tensor")."""
     from sae import models
 
     if processes.count == 1 or parallel == "data":
-        return models.load_model(name, processes.device, dtype)
+        return models.load_model(name, processes.device, dtype, trust_remote_code)
     import deepspeed
 
     # Without GPUs it would compile a kernel first, and a run killed meanwhile leaves a lock that every later
@@ -140,7 +140,7 @@ def load_model(processes, name, dtype, parallel):
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     dtype = models.pick_dtype(dtype, processes.device)
     engine = deepspeed.init_inference(
-        models.load_model(name, "cpu", dtype),
+        models.load_model(name, "cpu", dtype, trust_remote_code),
         tensor_parallel={"tp_size": processes.count},
         dtype=dtype,
         replace_with_kernel_inject=False,

@@ -180,3 +180,17 @@ def test_prefetch_keeps_order_raises_and_stops():
     assert next(endless) == 0
     endless.close()
     assert len(made) <= 5
+
+
+def test_hookpoints_inside_experts_are_refused(tiny_llama):
+    """Each expert sees some of the tokens, in an order of its own."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=50, num_hidden_layers=1, **sizes))
+    with pytest.raises(InputError, match=r"all tokens, 'model\.layers\.0\.mlp\.experts\.act_fn' is in"):
+        find_hookpoint(model, "model.layers.{}.mlp.experts.act_fn", 0)
+    inside = model.model.layers[0].mlp.experts.act_fn
+    with pytest.raises(InputError, match=r"a row for each of \[1, 5\] tokens, this has \[10, 24\]"):
+        activations_at(model, inside, torch.arange(5)[None])
+    assert not inside._forward_hooks

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from sae import InputError
+from sae.activations import activation_width, activations_at, find_hookpoint
 from sae.models import (
+    check_positions,
     check_vocabulary,
     load_model,
     load_tokenizer,
@@ -142,3 +144,168 @@ def test_the_way_to_the_logits_is_none_where_it_is_not_known(tiny_llama):
     mixtral = tiny_of("mixtral", **LLAMA_SIZES, num_local_experts=2)
     assert way_to_logits(mixtral, "model.layers.0.mlp.experts.act_fn") is None
     assert way_to_logits(load_model(tiny_llama), "model.layers.0.self_attn.q_proj") is None
+
+
+def edited(folder, **changes):
+    """The folder, with other values in its config."""
+    config = Path(folder, "config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    return folder
+
+
+def without(folder, word="", prefix=""):
+    """The folder, with the weights renamed that remain when those with `word` in their names are gone."""
+    from safetensors.torch import load_file, save_file
+
+    file = Path(folder, "model.safetensors")
+    kept = {prefix + name: value for name, value in load_file(file).items() if not word or word not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    return folder
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_refused_and_named(tmp_path):
+    cases = [
+        (without(llama(tmp_path / "a"), "layers.1.mlp.up"), r"lacks 1: model\.layers\.1\.mlp\.up_proj"),
+        (
+            without(llama(tmp_path / "b"), prefix="module."),
+            r"lacks 21: lm_.*has module\.lm_head\.weight in",
+        ),
+        (edited(llama(tmp_path / "c"), intermediate_size=40), r"shape \[16, 40\] needed .*got \[16, 24\]"),
+        (without(llama(tmp_path / "d"), "lm_head"), r"lacks 1: lm_head\.weight"),
+    ]
+    for folder, message in cases:
+        skeleton(folder)
+        with pytest.raises(InputError, match=message):
+            load_model(folder, "cpu", "float32")
+    tied = llama(tmp_path / "tied", tie_word_embeddings=True)
+    model = load_model(tied, "cpu", "float32")
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+
+
+def broken(folder, kind):
+    """The folder of a model, broken in one of the ways that people meet."""
+    weights, tokenizer = Path(folder, "model.safetensors"), Path(folder, "tokenizer.json")
+    quantized = {"gptq": {"bits": 4}, "awq": {"bits": 4}, "bitsandbytes": {"load_in_4bit": True}}
+    if kind in quantized:
+        edited(folder, quantization_config={"quant_method": kind} | quantized[kind])
+    elif kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:9000])
+    elif kind == "lfs":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 269060552\n")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "shard":
+        model = load_model(folder, "cpu", "float32")
+        weights.unlink()
+        model.save_pretrained(folder, max_shard_size="5KB")
+        next(Path(folder).glob("model-00002-of-*")).unlink()
+    elif kind == "pickle":
+        weights.unlink()
+        Path(folder, "pytorch_model.bin").write_bytes(b"\x80\x04\x8c\x05print.")
+    elif kind == "unknown":
+        edited(folder, model_type="llama99")
+    elif kind == "adapter":
+        Path(folder, "config.json").rename(Path(folder, "adapter_config.json"))
+    elif kind == "newer tokenizer":
+        tokenizer.write_text(tokenizer.read_text().replace('"ByteLevel"', '"Quantum"'))
+    elif kind == "tokenizer lfs":
+        tokenizer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2104556\n")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("truncated", "incomplete|not fully covered"), ("lfs", "model.safetensors is only .*git lfs pull"),
+        ("gptq", "optimum"), ("awq", "gptqmodel"), ("bitsandbytes", "bitsandbytes"),
+        ("pickle", "nothing is ever unpickled"),
+        ("no weights", "no file named model.safetensors"), ("shard", "model-00002-of-"),
+        ("unknown", "llama99"), ("adapter", "it is an adapter, to be merged"),
+        ("newer tokenizer", "Quantum|untagged"), ("tokenizer lfs", "tokenizer.json is only .*git lfs pull"),
+    ],
+)  # fmt: skip
+def test_files_that_do_not_open_are_one_line(tmp_path, smollm2, kind, words):
+    folder = llama(tmp_path / "tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(Path(smollm2, name), folder)
+    with pytest.raises(InputError, match=words) as error:
+        broken(folder, kind)
+        skeleton(folder)
+        load_tokenizer(folder)
+        load_model(folder, "cpu", "float32")
+    assert "\n" not in str(error.value) and "needed" in str(error.value) and len(str(error.value)) < 700
+
+
+def test_code_of_a_models_own_runs_when_asked_for_alone(tmp_path):
+    code = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    folder = edited(llama(tmp_path / "own"), model_type="own", auto_map=code)
+    Path(folder, "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    for load in (skeleton, load_model):
+        with pytest.raises(InputError, match="--trust_remote_code"):
+            load(folder)
+    assert type(skeleton(folder, trust_remote_code=True)).__name__ == "Own"
+    assert type(load_model(folder, trust_remote_code=True)).__name__ == "Own"
+
+
+def test_models_without_a_decoder_alone_are_refused(tmp_path):
+    import transformers
+
+    sizes = {"vocab_size": 50, "d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)).save_pretrained(tmp_path / "t5")
+    vit = transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    transformers.ViTModel(vit).save_pretrained(tmp_path / "vit")
+    for name, word in (("t5", "an encoder before its decoder"), ("vit", "Unrecognized configuration class")):
+        with pytest.raises(InputError, match=f"causal language model needed, .*is a {name}.*{word}"):
+            skeleton(str(tmp_path / name))
+
+
+EXPERTS = {
+    "MixtralConfig": {"num_local_experts": 4},
+    "OlmoeConfig": {"num_experts": 4, "num_experts_per_tok": 2},
+    "GptOssConfig": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", None])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_a_mixture_of_experts_has_a_width_before_it_has_weights(tmp_path, kind, dtype):
+    import transformers
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, kind)(
+        vocab_size=50, num_key_value_heads=2, eos_token_id=2, pad_token_id=0, **sizes, **EXPERTS[kind]
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    edited(tmp_path, dtype=dtype)
+    bones = skeleton(str(tmp_path), "float32")
+    module, _ = find_hookpoint(bones, "model.layers.{}.mlp", 1)
+    assert activation_width(bones, module) == 16
+    model = load_model(str(tmp_path), "cpu", "float32")
+    acts_BTD = activations_at(model, model.model.layers[1].mlp, torch.arange(6).view(2, 3))
+    assert acts_BTD.shape == (2, 3, 16)
+
+
+def gpt2(positions):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    with torch.device("meta"):
+        config = GPT2Config(n_positions=positions, n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+        return GPT2LMHeadModel(config)
+
+
+def test_contexts_longer_than_the_positions_of_a_model(tmp_path, capfd):
+    check_positions(gpt2(64), 64)
+    with pytest.raises(InputError, match=r"at most 32 tokens needed by a gpt2, got 64.*--num_tokens 32"):
+        check_positions(gpt2(32), 64)
+    assert capfd.readouterr().err == ""
+    rotary = skeleton(llama(tmp_path, max_position_embeddings=32))
+    check_positions(rotary, 64)
+    assert capfd.readouterr().err.startswith(
+        "warning: contexts of at most 32 tokens needed by a llama, got 64"
+    )
+    check_positions(rotary, 32)
+    assert capfd.readouterr().err == ""

@@ -98,14 +98,14 @@ class Interpreter:
         fill_B = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
         if cache is not None:
             _to_the_front(cache, fill_B)
-        for _ in range(max_new_tokens):
+        while True:
             keep = []
             for place, id in enumerate(logits_B1V[:, 0].argmax(-1).tolist()):
                 row, ended = alive[place], True
                 if id not in self.end_ids:
                     replies[row].append(id)
                     texts[row], ended = prompts.sentence(self.tokenizer.decode(replies[row]))
-                if not ended:
+                if not ended and len(replies[row]) < max_new_tokens:
                     keep.append(place)
                 elif progress:
                     progress(1)
@@ -121,9 +121,6 @@ class Interpreter:
                 fill_B = fill_B[keep]
             ids_B1, at_B1 = torch.tensor([replies[row][-1:] for row in alive]), torch.zeros(len(alive), 1)
             logits_B1V = self._logits(ids_B1, at_B1.long(), cache, fill_B)
-        if progress:
-            progress(len(alive))
-        return texts
 
     @torch.inference_mode()
     def readings(self, explanation, contexts, batch_size, progress=None):
@@ -257,15 +254,49 @@ def _log_p(logits):
 
 
 def _keeps_keys_and_values(model):
-    """Whether all that later tokens need of earlier ones is their keys and values."""
-    usual = getattr(model, "_supports_default_dynamic_cache", lambda: False)()
-    return usual and not getattr(model, "_is_stateful", True) and not _rotates_by_length(model.config)
+    """Whether all that later tokens need of earlier ones is keys and values, one of each for every token."""
+    from transformers import DynamicCache
+
+    places_known = "position_ids" in inspect.signature(model.forward).parameters
+    places_known |= model.config.model_type in ("bloom", "mpt")  # distances alone matter there (ALiBi)
+    if getattr(model, "_is_stateful", False) or not places_known or _rotates_by_length(model.config):
+        return False
+    cache = DynamicCache()
+    try:
+        for _ in range(2):
+            token = torch.ones(1, 1, dtype=torch.long, device=model.device)
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        return {layer.keys.shape[2] for layer in cache.layers} == {2}
+    except Exception:  # each model without such a cache fails in its own way
+        return False
 
 
 def _rotates_by_length(config):
     """Whether positions are turned by an angle that depends on how long the (longest) text is."""
     rope = str(getattr(config.get_text_config(), "rope_parameters", None))
     return re.search(r"'(dynamic|longrope)'", rope) is not None
+
+
+def check_interpreter(model, tokenizer):
+    """Refuse, before weights are read, what cannot explain; `model` may be a `models.skeleton`."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = model.config.get_text_config()
+    if (
+        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        and getattr(config, "is_decoder", None) is False
+    ):
+        raise InputError(f"an interpreter that writes needed, a {config.model_type} fills gaps in a text")
+    digit_ids(tokenizer)
+    most = getattr(config, "max_position_embeddings", None)
+    for messages_about in (prompts.explain_messages, prompts.simulate_messages):
+        length = len(
+            tokenizer(split_chat(tokenizer, messages_about)[0], add_special_tokens=False)["input_ids"]
+        )
+        if most and length > most:
+            raise InputError(
+                f"an interpreter that reads {length} tokens and more needed, this one reads {most}"
+            )
 
 
 def digit_ids(tokenizer):

@@ -11,7 +11,14 @@ from sae import InputError, cli
 from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
-from sae.models import check_vocabulary, load_model, model_fingerprint, skeleton, way_to_logits
+from sae.models import (
+    check_positions,
+    check_vocabulary,
+    load_model,
+    model_fingerprint,
+    skeleton,
+    way_to_logits,
+)
 from sae.samples.file import Samples
 from sae.samples.look import encode_in_pieces
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
@@ -104,7 +111,7 @@ class Run(NamedTuple):
 def prepare(
     here, num_samples, dataset_path, autoencoder_path, save_path, target_model_name, target_model_device,
     autoencoder_device, log_freq_upper, log_freq_lower, batch_size, dtype_llm,
-    allow_other_tokenizer=False, **_others,
+    allow_other_tokenizer=False, trust_remote_code=False, **_others,
 ):  # fmt: skip
     """The inputs that the flags name; all that can be is refused before the weights of the LLM are read."""
     if log_freq_upper <= log_freq_lower:
@@ -128,14 +135,14 @@ def prepare(
     made_from = config.get("dataset_fingerprint")
     check_origin(f"the autoencoder {autoencoder_path}", made_from, info["fingerprint"], dataset_path)
     name = target_model_name or config["model_name"]
-    check_target(config, name, info)
+    check_target(config, name, info, trust_remote_code)
     check_tokenizer(info, name, allow_other_tokenizer)
-    model = load_model(name, llm_device, dtype_llm)
+    model = load_model(name, llm_device, dtype_llm, trust_remote_code)
     _, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     return Run(dataset, info, checkpoint, model, hookpoint, batch_size)
 
 
-def check_target(config, name, info):
+def check_target(config, name, info, trust_remote_code=False):
     """Refuse another model than the checkpoint's, naming both, and one without embeddings for the dataset.
 
     The same model may lie elsewhere. Checkpoints of version 0.1 do not know its fingerprint: there it counts
@@ -148,8 +155,9 @@ def check_target(config, name, info):
         same = Path(name).name == Path(made_from).name or Path(name).resolve() == Path(made_from).resolve()
     if not same:
         raise InputError(f"the model of the autoencoder ({made_from}) needed, got {name}")
-    model = skeleton(name)
+    model = skeleton(name, trust_remote_code=trust_remote_code)
     check_vocabulary(model.config, info)
+    check_positions(model, config.get("num_tokens") or info["min_tokens"])
     module, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     width = activation_width(model, module)
     if width != config["act_vec_size"]:

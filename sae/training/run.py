@@ -25,7 +25,7 @@ from sae.training.trainer import Resampling, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {
-    "resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder",
+    "resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder", "trust_remote_code",
     "allow_other_tokenizer",
 }  # fmt: skip
 DEFAULT_PRELOAD = 25000
@@ -51,10 +51,11 @@ class Run(NamedTuple):
     autoencoder: Place
     plan: str  # memory and data, for the user
     folder: RunFolder | None  # None for a dry run
+    trust_remote_code: bool
 
     def open_llm(self):
         """The LLM and its module at the hookpoint."""
-        model = models.load_model(self.config["model_name"], *self.llm)
+        model = models.load_model(self.config["model_name"], *self.llm, self.trust_remote_code)
         hookpoint, layer = self.config["hookpoint"], self.config["layer_id"]
         return model, activations.find_hookpoint(model, hookpoint, layer)[0]
 
@@ -88,8 +89,10 @@ def prepare(flags):
     llm = Place(device_llm, models.pick_dtype(flags["dtype_llm"], device_llm))
     autoencoder = Place(device, models.fast_dtype(device))
     dataset, info = open_dataset(flags["dataset_path"])
-    skeleton = models.skeleton(flags["model_name"])
+    name, trust_remote_code = flags["model_name"], flags["trust_remote_code"]
+    skeleton = models.skeleton(name, llm.dtype, trust_remote_code)
     models.check_vocabulary(skeleton.config, info)
+    models.check_positions(skeleton, flags["num_tokens"] or info["min_tokens"])
     check_tokenizer(info, flags["model_name"], flags.get("allow_other_tokenizer"))
     template = flags[f"{flags['layer_type']}_hookpoint"]
     module, hookpoint = activations.find_hookpoint(skeleton, template, flags["layer_id"])
@@ -101,7 +104,8 @@ def prepare(flags):
         config["num_batches_preload"] = saved_preload(flags["save_path"])
     config, plan = plan_memory(config, skeleton, llm, autoencoder)
     folder = None if flags["dry_run"] else RunFolder(flags["save_path"], config, flags["resume"])
-    return Run(config, dataset, documents, training_rows, held_out_rows, llm, autoencoder, plan, folder)
+    rows, places = (training_rows, held_out_rows), (llm, autoencoder)
+    return Run(config, dataset, documents, *rows, *places, plan, folder, trust_remote_code)
 
 
 def held_out_contexts(flags, info):
