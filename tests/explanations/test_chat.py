@@ -3,8 +3,9 @@
 import pytest
 from transformers import AutoTokenizer
 
+from sae import InputError
 from sae.explanations import prompts
-from sae.explanations.chat import chat, split_chat
+from sae.explanations.chat import CUT, chat, plain, split_chat
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +52,40 @@ def test_what_a_prompt_is_about_stands_between_head_and_tail(tokenizer):
     whole = chat(tokenizer, prompts.simulate_messages("the keyword import"))
     assert head + "the keyword import" + tail == whole
     assert head.endswith(f"{prompts.REPLY}:\n") and "import:" not in head and "·import\t9\n" in head
+
+
+FIRST_TURNS = "{% for m in messages %}{% if m.role == 'user' %}<u>{{ m.content }}{% elif m.role == 'assistant' %}<a>{{ m.content }}{% endif %}{% endfor %}"  # noqa: E501
+ODD = {
+    "drops the system role": FIRST_TURNS,
+    "one user turn alone": "{% if messages | length > 1 or messages[0].role != 'user' %}"
+    "{{ raise_exception('one user turn') }}{% endif %}<u>{{ messages[0].content }}",
+    "parts alone": "{% for m in messages %}{% if m.content is not string %}{% for part in m.content %}"
+    "{{ part.text }}{% endfor %}{% endif %}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_all_of_the_text_arrives_whatever_the_template_knows(smollm2, kind):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = ODD[kind]
+    for messages_about in (prompts.explain_messages, prompts.simulate_messages):
+        messages = messages_about("the question")
+        text = chat(tokenizer, messages)
+        assert all(message["content"] in text for message in messages)
+        assert text.count("the question") == 1
+        head, tail = split_chat(tokenizer, messages_about)
+        assert f"{head}the question{tail}".startswith(text)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "{{ raise_exception('never') }}", "nothing", "{{ 1 / 0 }}"])
+def test_a_template_that_writes_nothing_is_one_line(smollm2, template):
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match="a chat template needed that writes") as error:
+        chat(tokenizer, prompts.explain_messages("x"))
+    assert "\n" not in str(error.value)
+
+
+def test_corpus_text_is_cut_inside_whatever_reads_like_a_control_token(tokenizer):
+    assert plain(tokenizer, "a<|im_end|>b") == f"a<{CUT}|im_end|>b"
+    assert plain(tokenizer, f"a{CUT}b <|im_e") == "ab <|im_e"

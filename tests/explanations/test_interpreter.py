@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 from sae import InputError
 from sae.explanations import prompts
 from sae.explanations.chat import chat
-from sae.explanations.interpreter import Interpreter, digit_ids
+from sae.explanations.interpreter import Interpreter, check_interpreter, digit_ids
 
 
 @pytest.fixture(scope="module")
@@ -107,3 +107,134 @@ def test_the_next_token_and_a_yes_are_read_off_plain_passes(interpreter):
         assert len({tokenizer(word)["input_ids"][0] for word in p}) == 12
         yes = sum(value for word, value in p.items() if "y" in word.lower())
         assert odds == pytest.approx(float((yes / (sum(p.values()) - yes)).log()), abs=1e-3)
+
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 4096,
+}  # fmt: skip
+LONG_ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 400,
+    "short_factor": [1.0] * 4, "long_factor": [8.0] * 4,
+}  # fmt: skip
+# What there is of attention and of memory: all tokens, a window, chunks, ALiBi, tables, states, both.
+KINDS = {
+    "llama": SIZES,
+    "mistral": SIZES | {"sliding_window": 64},
+    "gemma3_text": SIZES | {"sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"]},
+    "llama4_text": SIZES | {"attention_chunk_size": 64, "num_local_experts": 2, "intermediate_size_mlp": 48},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 4096},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 4096},
+    "phi3": SIZES | {"rope_parameters": LONG_ROPE, "original_max_position_embeddings": 400},
+    "mixtral": SIZES | {"num_local_experts": 4},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48},
+    "bamba": SIZES | {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8,
+                      "attn_layer_indices": [1]},
+}  # fmt: skip
+
+
+def interpreter_of(kind, tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, vocab_size=49152, pad_token_id=0, **KINDS[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    return Interpreter(model, tokenizer)
+
+
+def plain_logits(reader, text):
+    """[L, V] of one text alone, whole, without a cache."""
+    ids = reader.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    return reader.model(input_ids=ids, use_cache=False).logits[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_in_a_text_is_that_of_a_plain_pass_whatever_stands_beside_it(smollm2, kind, monkeypatch):
+    monkeypatch.setattr(prompts, "SHOTS", prompts.SHOTS[:2])
+    reader = interpreter_of(kind, AutoTokenizer.from_pretrained(smollm2))
+    contexts = [["·import", "\\n", "x"], ["a_longer_name", "(", "self"]]
+    read_CTd = reader.readings("the keyword import", contexts, batch_size=2)
+    head = reader.chat(prompts.simulate_messages("the keyword import"))
+    for context, read_Td in zip(contexts, read_CTd, strict=True):
+        lines = prompts.lines(context[:-1], ["0", "0"]) + f"{context[-1]}\t"
+        want_d = plain_logits(reader, head + lines)[-1, reader.digit_ids].log_softmax(-1)
+        torch.testing.assert_close(read_Td[-1], want_d, atol=1e-4, rtol=1e-4)
+
+    questions = [prompts.explain_question([(["x"] * n, [1] * n)]) for n in (3, 60, 9)]
+    passes, original = [], reader._logits
+    monkeypatch.setattr(reader, "_logits", lambda *a, **k: passes.append(original(*a, **k)) or passes[-1])
+    monkeypatch.setattr(reader, "end_ids", set())
+    monkeypatch.setattr(prompts, "sentence", lambda reply: (reply, False))
+    reader.explanations(questions, max_new_tokens=4, batch_size=3)
+    steps = passes[-12 if reader._alone else -4 :]
+    if reader._alone:
+        steps = [torch.cat(steps[step::4]) for step in range(4)]
+    for row, question in enumerate(questions):
+        text = reader.chat(prompts.explain_messages(question)) + prompts.REPLY
+        ids = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for step_B1V in steps:
+            want_V = reader.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            torch.testing.assert_close(step_B1V[row, 0], want_V, atol=1e-3, rtol=1e-3)
+            ids.append(int(want_V.argmax()))
+
+
+def test_a_reply_ends_at_every_end_of_text_that_is_known(interpreter, smollm2, monkeypatch):
+    questions = ["x\t1\n", "def\t9\n·f\t0\n"]
+    first = interpreter.next_token(
+        [interpreter.chat(prompts.explain_messages(each)) + prompts.REPLY for each in questions]
+    ).argmax(-1)
+    generation = interpreter.model.generation_config
+    for ends in (int(first[0]), [49151, int(first[0])]):
+        monkeypatch.setattr(generation, "eos_token_id", ends)
+        texts = Interpreter(interpreter.model, interpreter.tokenizer).explanations(questions, 5)
+        assert texts[0] == "" and texts[1] != ""
+    monkeypatch.setattr(generation, "eos_token_id", None)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(int(first[0]))
+    assert tokenizer.eos_token_id == int(first[0])
+    assert Interpreter(interpreter.model, tokenizer).end_ids == {int(first[0])}
+
+
+def test_the_limit_of_positions_counts_what_texts_begin_with(interpreter, monkeypatch):
+    question = "x\t0\n" * 40
+    whole = interpreter.chat(prompts.explain_messages(question)) + prompts.REPLY
+    length = len(interpreter.tokenizer(whole, add_special_tokens=False)["input_ids"])
+    interpreter.explanations([question], max_new_tokens=1)
+    monkeypatch.setattr(interpreter, "positions", length)
+    interpreter.explanations([question], max_new_tokens=1)
+    monkeypatch.setattr(interpreter, "positions", length - 1)
+    with pytest.raises(InputError, match=f"reads {length} tokens needed, this one reads {length - 1}"):
+        interpreter.explanations([question], max_new_tokens=1)
+
+
+def test_nothing_in_a_corpus_becomes_a_control_token(interpreter):
+    tokenizer = interpreter.tokenizer
+    control = set(tokenizer.get_added_vocab().values())
+    assert len(control) > 10
+    for token in tokenizer.get_added_vocab():
+        ids, spans = interpreter.encode(interpreter.plain(f"a{token}{token}b"))
+        assert not control & set(ids) and tokenizer.decode(ids) == f"a{token}{token}b"
+        assert [start for start, _ in spans] == sorted(start for start, _ in spans)
+        ids, at = interpreter._lines(["x", token, "y"])
+        assert not control & set(ids) and len(at) == 3
+        messages = prompts.explain_messages(token)
+        turns = len([id for id in interpreter.encode(interpreter.chat(messages))[0] if id in control])
+        plain = interpreter.encode(interpreter.chat(prompts.explain_messages("x")))[0]
+        assert turns == len([id for id in plain if id in control])
+
+
+def test_what_cannot_explain_is_refused_before_weights_are_read(smollm2):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    cases = [("bert", {}, "fills gaps in a text"), ("gpt2", {"n_positions": 64}, "this one reads 64")]
+    for kind, sizes, words in cases:
+        with torch.device("meta"):
+            bones = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes))
+        with pytest.raises(InputError, match=words):
+            check_interpreter(bones, tokenizer)
