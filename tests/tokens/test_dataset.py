@@ -122,6 +122,7 @@ def test_training_and_sampling_refuse_a_dataset_of_another_tokenizer(
     import generate_interpretation_samples as sampling
     import train_autoencoder_from_tokens as training_script
     from sae import samples, training
+    from sae.processes import Processes
 
     write(tmp_path / "data", tokenizer_copy, dataset_name=stdlib, tokenizer_name="some/name")
     other = _other_tokenizer(tmp_path / "other", tokenizer_copy)
@@ -131,7 +132,9 @@ def test_training_and_sampling_refuse_a_dataset_of_another_tokenizer(
     def prepare(script, *flags):
         monkeypatch.setattr("sys.argv", [script.__name__, *map(str, flags)])
         flags = vars(script.parse_args()[1])
-        return training.prepare(flags) if script is training_script else samples.prepare(**flags)
+        if script is training_script:
+            return training.prepare(flags)
+        return samples.prepare(Processes(0, 1, None), **flags)
 
     train = [
         1, "mlp_activations", "--dataset_path", tmp_path / "data", "--model_name", other,
