@@ -12,10 +12,13 @@ import time
 
 from sae import cli
 
+ARCHITECTURES, REVIVALS = ("relu", "topk", "batchtopk", "jumprelu"), ("replacement", "anthropic")
+YES_NO = argparse.BooleanOptionalAction
 HOOKPOINTS = {
     "attn_sublayer": "model.layers.{}.self_attn",
     "mlp_sublayer": "model.layers.{}.mlp",
     "mlp_activations": "model.layers.{}.mlp.act_fn",
+    "residual": "model.layers.{}",
 }
 
 
@@ -35,15 +38,12 @@ def parse_args():
     add("--num_tokens", type=count, default=0, help="use the first N tokens of every context; 0: all")
     add("--device_llm", help="default: cuda:0, or cpu")
     add("--device_autoencoder", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
-    add("--learning_rate", type=cli.number(above=0), default=1e-4, help="of Adam")
-    kinds = ("relu", "topk", "batchtopk", "jumprelu")
-    add("--architecture", choices=kinds, default="relu", help="what keeps the features that fire few")
-    number = cli.number(least=0)
-    add(
-        "--l1_coefficient", type=number, default=1.0, help="weight of the sum of activations, or of target_l0"
-    )
+    rate, weight = cli.number(above=0), cli.number(least=0)
+    add("--learning_rate", type=rate, default=1e-4, help="of Adam")
+    add("--architecture", choices=ARCHITECTURES, default="relu", help="what keeps the features that fire few")
+    add("--l1_coefficient", type=weight, default=1.0, help="weight of the penalty: relu, jumprelu")
     add("--k", type=positive, help="topk, batchtopk: features that fire on a token; default: 32")
-    add("--target_l0", type=cli.number(above=0), help="jumprelu: features that fire on a token; default: 32")
+    add("--target_l0", type=rate, help="jumprelu: features that fire on a token; default: 32")
     add("--lr_warmup_batches", type=count, help="learning rate up from 0; default: 5%%, 0 for relu")
     add("--lr_decay_batches", type=count, help="and down to 0 at the end; default: 20%%, 0 for relu")
     add("--l1_warmup_batches", type=count, default=0, help="l1_coefficient up from 0")
@@ -51,24 +51,17 @@ def parse_args():
     add("--dict_vec_size", type=positive, help="features in the dictionary; default: 4 x act_vec_size")
     add("--batches_between_ckpt", type=count, default=12500, help="training steps; 0: only a last checkpoint")
     add("--num_batches_preload", type=positive, help="in the shuffle buffer; default: 25000 or what fits")
-    methods = ("replacement", "anthropic")
-    add("--neuron_resampling_method", choices=methods, help="for dead features; default: off")
+    add("--neuron_resampling_method", choices=REVIVALS, help="for dead features; default: off")
     add("--neuron_resampling_interval", type=positive, default=25000, help="training steps between revivals")
     add("--normalize_dataset", action="store_true", help="scale activations to L2 norm sqrt(act_vec_size)")
-    yes_or_no = argparse.BooleanOptionalAction
-    add("--scale_dataset", action=yes_or_no, help="one factor for all instead; default: yes, no for relu")
+    add("--scale_dataset", action=YES_NO, help="one factor for all instead; default: yes, no for relu")
     for layer_type, module in HOOKPOINTS.items():
         add(f"--{layer_type}_hookpoint", default=module, metavar="MODULE", help="its module; {} is the layer")
     add("--resume", action="store_true", help="go on with the run in save_path; needs the same flags")
     add("--seed", type=cli.SEED, default=0, help="of the data's order, the first weights and the revivals")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     add("--skip_positions", type=count, default=0, help="leave out the first N tokens of every context")
-    add(
-        "--held_out_contexts",
-        type=count,
-        default=0,
-        help="to judge by; 0: 128 to 4096, as checkpoints are far",
-    )
+    add("--held_out_contexts", type=count, default=0, help="to judge by; 0: 128 to 4096, by the run's length")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
     return parser, parser.parse_args()

@@ -17,7 +17,7 @@ from conftest import ROOT, assert_refused, run_script, write_dataset
 SCRIPT = "train_autoencoder_from_tokens.py"
 
 
-def flags(dataset, model, save_path, **more):
+def flags(dataset, model, save_path, layer_type="mlp_activations", **more):
     values = {
         "dataset_path": dataset, "model_name": model, "save_path": save_path, "num_batches": 140,
         "batch_size_autoencoder": 128, "num_batches_preload": 30, "batches_between_ckpt": 50,
@@ -26,7 +26,7 @@ def flags(dataset, model, save_path, **more):
     } | more  # fmt: skip
     words = [(f"--{name}", str(value)) for name, value in values.items()]
     named = [word for pair in words for word in pair if word]
-    return ["1", "mlp_activations", *named]
+    return ["1", layer_type, *named]
 
 
 def train(*args, **more):
@@ -234,9 +234,9 @@ def test_an_llm_in_bfloat16_trains_to_the_same_figures(small_dataset, smollm2, t
 
 
 def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
-    """--num_tokens, --skip_positions and --normalize_dataset reach the checkpoint and the number of rows."""
+    """They reach the checkpoint and the number of rows; and the residual stream has a width of its own."""
     result = train(
-        small_dataset, tiny_llama, tmp_path, num_batches=0, num_tokens=20, skip_positions=4,
+        small_dataset, tiny_llama, tmp_path, "residual", num_batches=0, num_tokens=20, skip_positions=4,
         normalize_dataset="", batches_between_ckpt=0,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -245,6 +245,9 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
     held_out = 24
     assert config["trained_batches"] == (240 - held_out) * 16 // 128
     assert (config["num_tokens"], config["skip_positions"], config["normalize_dataset"]) == (20, 4, True)
+    assert (config["layer_type"], config["hookpoint"], config["act_vec_size"]) == (
+        "residual", "model.layers.1", 32,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_refusals(changed, words, small_dataset, tiny_llama, tmp_path):
 def test_refused_layers_and_vocabularies(small_dataset, tiny_llama, tmp_path):
     args = flags(small_dataset, tiny_llama, tmp_path / "run")
     assert_refused(run_script(SCRIPT, "3", *args[1:]), "0 to 2", "got 3")
-    assert_refused(run_script(SCRIPT, "1", "residual", *args[2:]), "residual", "mlp_activations")
+    assert_refused(run_script(SCRIPT, "1", "mlp", *args[2:]), "mlp", "mlp_activations")
     big = write_dataset(tmp_path / "big", [[49152] * 64] * 4, range(4), "other", vocab_size=50000)
     assert_refused(train(big, tiny_llama, tmp_path / "run"), "49152", "other")
     empty = tmp_path / "empty"
