@@ -7,8 +7,8 @@ command with --resume goes on to the same weights.
 """
 
 import argparse
+import contextlib
 import sys
-import time
 
 from sae import cli
 
@@ -39,16 +39,16 @@ def parse_args():
     add("--device_llm", help="default: cuda:0, or cpu")
     add("--device_autoencoder", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     rate, weight = cli.number(above=0), cli.number(least=0)
-    add("--learning_rate", type=rate, default=1e-4, help="of Adam")
+    add("--learning_rate", type=rate, nargs="+", default=1e-4, help="of Adam; several values: a sweep")
     add("--architecture", choices=ARCHITECTURES, default="relu", help="what keeps the features that fire few")
-    add("--l1_coefficient", type=weight, default=1.0, help="weight of the penalty: relu, jumprelu")
-    add("--k", type=positive, help="topk, batchtopk: features that fire on a token; default: 32")
+    add("--l1_coefficient", type=weight, nargs="+", default=1.0, help="weight of the penalty: relu, jumprelu")
+    add("--k", type=positive, nargs="+", help="topk, batchtopk: features that fire on a token; default: 32")
     add("--target_l0", type=rate, help="jumprelu: features that fire on a token; default: 32")
     add("--lr_warmup_batches", type=count, help="learning rate up from 0; default: 5%%, 0 for relu")
     add("--lr_decay_batches", type=count, help="and down to 0 at the end; default: 20%%, 0 for relu")
     add("--l1_warmup_batches", type=count, default=0, help="l1_coefficient up from 0")
     add("--act_vec_size", type=positive, help="width of the hookpoint; default: read off it")
-    add("--dict_vec_size", type=positive, help="features in the dictionary; default: 4 x act_vec_size")
+    add("--dict_vec_size", type=positive, nargs="+", help="features; default: 4 x act_vec_size")
     add("--batches_between_ckpt", type=count, default=12500, help="training steps; 0: only a last checkpoint")
     add("--num_batches_preload", type=positive, help="in the shuffle buffer; default: 25000 or what fits")
     add("--neuron_resampling_method", choices=REVIVALS, help="for dead features; default: off")
@@ -64,7 +64,7 @@ def parse_args():
     add("--held_out_contexts", type=count, default=0, help="to judge by; 0: 128 to 4096, by the run's length")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
-    return parser, parser.parse_args()
+    return parser, parser.parse_args(cli.layer_first(sys.argv[1:], HOOKPOINTS))
 
 
 def main(args, stopping):
@@ -74,41 +74,39 @@ def main(args, stopping):
 
     # Prepare: whatever can be refused is refused, and memory planned, before weights are read.
     run = training.prepare(vars(args))
-    num_batches, folder = run.config["num_batches"], run.folder
-    if folder and folder.finished:
-        print(f"nothing to do: the run in {folder.path} is complete, {num_batches} batches")
+    num_batches = run.config["num_batches"]
+    if run.finished:
+        print(f"nothing to do: the run in {run.path} is complete, {num_batches} batches")
         return 0
     print(run.plan, flush=True)
 
     # Stream: contexts -> rows of activations -> shuffled batches.
     model, module = run.open_llm()
-    trainer = training.new_trainer(run.config, *run.autoencoder)
+    trainers = run.trainers()
     if args.dry_run:
-        print(training.timed_steps(run, model, module, trainer))
+        print(training.timed_steps(run, model, module, trainers))
         return 0
-    folder.start(trainer)
-    buffer = training.stream(run, model, module, trainer.batch, stopping)
+    before = min(trainer.batch for trainer in trainers)
+    buffer = training.stream(run, model, module, before, stopping)
 
     # Loop.
-    started, before = time.monotonic(), trainer.batch
     bar = tqdm(total=num_batches, initial=before, unit="batch", desc="filling the buffer")
-    try:
-        for shown in training.loop(run, model, module, trainer, buffer):
+    with bar, contextlib.suppress(KeyboardInterrupt):
+        for shown in training.loop(run, model, module, trainers, buffer):
             bar.set_description("training", refresh=False)
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            if stopping() and trainer.batch < num_batches:
-                raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        folder.save_resume(trainer)
-        print(f"\nstopped after batch {trainer.batch}; the same command with --resume goes on")
+            if stopping():
+                break
+    if bar.n < num_batches:
+        run.save_resume(trainers)
+        print(f"\nstopped after batch {bar.n}; the same command with --resume goes on")
         return cli.STOPPED
-    finally:
-        bar.close()
-    seconds = time.monotonic() - started
-    rate = (trainer.batch - before) * args.batch_size_autoencoder / max(seconds, 1e-9)
-    wrote = f"wrote {folder.path / str(num_batches)}.pt, images/ and metrics.jsonl"
-    print(f"{wrote}: {shown['held out']}; {seconds:.0f} s, {rate:.0f} tokens/s")
+    seconds = bar.format_dict["elapsed"]
+    rate = (num_batches - before) * args.batch_size_autoencoder / max(seconds, 1e-9)
+    print(
+        "\n".join(folder.wrote for folder in run.folders), f"{seconds:.0f} s, {rate:.0f} tokens/s", sep="; "
+    )
     return 0
 
 

@@ -82,6 +82,14 @@ def path(text):
     return os.path.expanduser(text)
 
 
+def layer_first(words, layer_types):
+    """`layer_id layer_type` before all flags: one that takes several values would swallow them behind it."""
+    for place in range(1, len(words)):
+        if words[place] in layer_types and words[place - 1].isdecimal():
+            return words[place - 1 : place + 1] + words[: place - 1] + words[place + 1 :]
+    return words
+
+
 SEED = whole_number(0, 2**63 - 1)  # what torch takes
 
 

@@ -1,8 +1,18 @@
 """Pictures of a run: how often features fire, and how training went."""
 
+import sys
+
 import torch
 
 from sae.artifacts import atomic_write
+
+
+def draw(picture, path, *what):
+    """One of the pictures below; whatever ails it is a line on standard error, and the run goes on."""
+    try:
+        picture(path, *what)
+    except Exception as err:
+        print(f"\nno picture {path}: {type(err).__name__}: {err}", file=sys.stderr)
 
 
 def frequency_histogram(path, log10_frequency, title, band=None):
@@ -52,6 +62,19 @@ def loss_curves(path, metrics, title):
         for event in (line for line in metrics if line["event"] == "resample"):
             row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
         row.legend(frameon=False)
+    _save(path, figure)
+
+
+def pareto(path, lines):
+    """PNG from the newest lines of sweep.jsonl: what each autoencoder of a sweep keeps, over its L0."""
+    figure, axes = _figure(rows=3, height=9)
+    for row, name in zip(axes, ("explained_variance", "loss_recovered", "dead_share"), strict=True):
+        known = [line for line in lines if line[name] is not None and line["l0"] > 0]
+        row.scatter([line["l0"] for line in known], [line[name] for line in known])
+        for line in known:
+            row.annotate(line["folder"], (line["l0"], line[name]), fontsize=7)
+        row.set(ylabel=f"{name.replace('_', ' ')}, held out", xscale="log" if known else "linear")
+    axes[-1].set_xlabel("L0, features per token")
     _save(path, figure)
 
 

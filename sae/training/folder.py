@@ -3,22 +3,21 @@
 import fcntl
 import json
 import os
-import sys
 import time
 from pathlib import Path
 
 from sae import InputError
 from sae.artifacts import load_pt, save_pt
 from sae.autoencoder import save_checkpoint
-from sae.plots import frequency_histogram, loss_curves
+from sae.plots import draw, frequency_histogram, loss_curves
 
 RESUME_SECONDS = 900  # between two writes of resume.pt where checkpoints are further apart
 
 
-def saved_preload(path):
-    """Batches in the shuffle buffer of the run that resume.pt in `path` is of; None where there is none."""
-    resume = Path(path) / "resume.pt"
-    return _load_resume(resume)["config"]["num_batches_preload"] if resume.exists() else None
+def saved_preload(paths):
+    """Batches in the shuffle buffer of the run whose resume.pt lies in one of these folders; None without."""
+    found = [path / "resume.pt" for path in paths if (path / "resume.pt").exists()]
+    return _load_resume(found[0])["config"]["num_batches_preload"] if found else None
 
 
 def _load_resume(path):
@@ -27,7 +26,7 @@ def _load_resume(path):
 
 
 class RunFolder:
-    """`save_path` of a run, this process's alone until it ends; `config` decides the run's results.
+    """The folder of a run, this process's alone until it ends; `config` decides the run's results.
 
     Raises InputError where another run is writing into it, where a run would be overwritten, or where the run
     to go on with was started with other flags.
@@ -40,6 +39,7 @@ class RunFolder:
             raise InputError(f"--resume needs {path}/resume.pt, which is not there")
         if not resume and (started or (self._metrics.exists() and self._metrics.stat().st_size)):
             raise InputError(f"an empty --save_path or --resume needed, {path} holds a run")
+        self.wrote = f"{path} was complete"  # the newest line for the user
         self.path.mkdir(parents=True, exist_ok=True)
         self._handle = open(self._metrics, "ab")  # noqa: SIM115, closed with the process: it holds the lock
         try:
@@ -109,24 +109,10 @@ class RunFolder:
         event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures}
         self.append([event])
         self.save_resume(trainer)
+        self.wrote = f"wrote {self.path / str(batch)}.pt, images/ and metrics.jsonl: {held_out(event)}"
         title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
-        try:
-            frequency_histogram(self.path / "images" / f"{batch}.png", log10_frequency, title)
-            loss_curves(self.path / "images" / "loss_curves.png", self.metrics(), title)
-        except Exception as err:  # whatever ails a picture, the run goes on
-            print(f"\nno picture of batch {batch}: {type(err).__name__}: {err}", file=sys.stderr)
-        return event
-
-
-def bar_figures(events):
-    """What of the newest events the progress bar shows."""
-    shown = {}
-    for event in events:
-        if event["event"] == "log":
-            shown |= {"loss": f"{event['loss']:.4g}", "L0": f"{event['l0']:.1f}", "dead": event["dead"]}
-        if event["event"] == "checkpoint":
-            shown |= {"held out": held_out(event)}
-    return shown
+        draw(frequency_histogram, self.path / "images" / f"{batch}.png", log10_frequency, title)
+        draw(loss_curves, self.path / "images" / "loss_curves.png", self.metrics(), title)
 
 
 def held_out(event):

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from sae import InputError, __version__, activations, cli, models
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
-from sae.training import steps
+from sae.training import steps, sweep
 from sae.training.buffer import ShuffleBuffer, llm_batches
 from sae.training.evaluation import SLICE, Judge, split_held_out
-from sae.training.folder import RunFolder, bar_figures, saved_preload
+from sae.training.folder import RunFolder, saved_preload
 from sae.training.probe import token_classes
-from sae.training.trainer import Resampling, train
+from sae.training.trainer import Resampling, new_trainer, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {
@@ -29,6 +29,7 @@ FREE_FLAGS = {
     "allow_other_tokenizer",
 }  # fmt: skip
 DEFAULT_PRELOAD = 25000
+BAR = {"loss": "{loss:.4g}", "L0": "{l0:.1f}", "dead": "{dead}"}  # of the newest lines of the logs
 HELD_OUT = (128, 4096)  # contexts, where the flag does not say: at least, at most
 
 
@@ -42,7 +43,7 @@ class Place(NamedTuple):
 class Run(NamedTuple):
     """A run that nothing speaks against; no weight has been read yet."""
 
-    config: dict  # all that decides the results, plain values
+    configs: list  # for each autoencoder all that decides its results, plain values
     dataset: object  # datasets.Dataset
     documents: np.ndarray  # of each row of the dataset
     training_rows: np.ndarray
@@ -50,8 +51,29 @@ class Run(NamedTuple):
     llm: Place
     autoencoder: Place
     plan: str  # memory and data, for the user
-    folder: RunFolder | None  # None for a dry run
+    path: Path
+    folders: list  # a RunFolder for each autoencoder, none for a dry run
     trust_remote_code: bool
+
+    @property
+    def config(self):
+        """Of the first autoencoder, for what they have in common."""
+        return self.configs[0]
+
+    @property
+    def finished(self):
+        return bool(self.folders) and all(folder.finished for folder in self.folders)
+
+    def trainers(self):
+        """A Trainer for each autoencoder, where its run stopped or at its beginning."""
+        trainers = [new_trainer(config, *self.autoencoder) for config in self.configs]
+        for folder, trainer in zip(self.folders, trainers, strict=False):
+            folder.start(trainer)
+        return trainers
+
+    def save_resume(self, trainers):
+        for folder, trainer in zip(self.folders, trainers, strict=True):
+            folder.save_resume(trainer)
 
     def open_llm(self):
         """The LLM and its module at the hookpoint."""
@@ -61,20 +83,17 @@ class Run(NamedTuple):
 
     def judge(self, model, module):
         """The Judge on the held-out contexts; token classes where the dataset's tokenizer opens."""
-        ids_MT, classes_MT = torch.cat(list(self.contexts(self.held_out_rows))), None
-        documents_M = self.documents[self.held_out_rows]
+        ids_MT = torch.cat(list(self.contexts(self.held_out_rows)))
+        documents_M, classes_MT = self.documents[self.held_out_rows], torch.full_like(ids_MT, -1)
         with contextlib.suppress(InputError):
-            tokenizer, classes_MT = (
-                models.load_tokenizer(self.config["tokenizer_name"]),
-                torch.full_like(ids_MT, -1),
-            )
+            tokenizer = models.load_tokenizer(self.config["tokenizer_name"])
             for document in np.unique(documents_M):
                 rows = np.flatnonzero(self.documents == document)
-                ids = self.dataset.with_format("numpy")[rows]["input_ids"]
-                classes_RT = token_classes(tokenizer, ids.flatten().tolist()).view(ids.shape)[
-                    :, : ids_MT.shape[1]
-                ]
-                classes_MT[documents_M == document] = classes_RT[np.isin(rows, self.held_out_rows)]
+                ids_RT = self.dataset.with_format("numpy")[rows]["input_ids"]
+                classes_RT = token_classes(tokenizer, ids_RT.flatten().tolist()).view(ids_RT.shape)
+                where_M = np.flatnonzero(documents_M == document)
+                held_out_M = np.searchsorted(rows, self.held_out_rows[where_M])
+                classes_MT[where_M] = classes_RT[held_out_M, : ids_MT.shape[1]]
         skip, batch_size = self.config["skip_positions"], self.config["batch_size_llm"]
         return Judge(model, module, ids_MT, documents_M, classes_MT, skip, batch_size)
 
@@ -99,13 +118,25 @@ def prepare(flags):
     width = activations.activation_width(skeleton, module)
     documents = dataset.with_format("numpy")["document"][:]
     training_rows, held_out_rows = split_held_out(documents, held_out_contexts(flags, info), flags["seed"])
-    config = run_config(flags, info, hookpoint, width, llm.dtype, len(training_rows))
-    if flags["resume"] and not flags["dry_run"] and config["num_batches_preload"] is None:
-        config["num_batches_preload"] = saved_preload(flags["save_path"])
-    config, plan = plan_memory(config, skeleton, llm, autoencoder)
-    folder = None if flags["dry_run"] else RunFolder(flags["save_path"], config, flags["resume"])
-    rows, places = (training_rows, held_out_rows), (llm, autoencoder)
-    return Run(config, dataset, documents, *rows, *places, plan, folder, trust_remote_code)
+    path, singles, resume = Path(flags["save_path"]), sweep.combinations(flags), flags["resume"]
+    counted = info, hookpoint, width, llm.dtype, len(training_rows)
+    configs, paths = (
+        [run_config(one, *counted) for one in singles.values()],
+        [path / name for name in singles],
+    )
+    preload, writes = configs[0]["num_batches_preload"], not flags["dry_run"]
+    if writes:
+        sweep.check_place(path, singles)
+        if resume and preload is None:
+            preload = saved_preload(paths)
+    preload, plan = plan_memory(configs, preload, skeleton, llm, autoencoder)
+    configs = [config | {"num_batches_preload": preload} for config in configs]
+    folders = [RunFolder(*one, resume) for one in zip(paths, configs, strict=True)] if writes else []
+    data, places = (dataset, documents, training_rows, held_out_rows), (llm, autoencoder)
+    run = Run(configs, *data, *places, plan, path, folders, trust_remote_code)
+    if run.finished:
+        sweep.write(path, folders)  # a kill may have come before it
+    return run
 
 
 def held_out_contexts(flags, info):
@@ -151,26 +182,26 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
     } | steps.settings(flags, num_batches, dict_vec_size)  # fmt: skip
 
 
-def plan_memory(config, skeleton, llm, autoencoder):
-    """Settle `num_batches_preload` so that all fits; returns the config and a line for the user.
+def plan_memory(configs, preload, skeleton, llm, autoencoder):
+    """Settle the batches in the shuffle buffer so that all fits; returns them and a line for the user.
 
-    llm, autoencoder: (device, dtype); the buffer lies with the autoencoder in the LLM's dtype. A default
-    buffer fills at most half of the memory that is left, a given one 0.9 of it. Raises InputError where it
-    cannot fit.
+    preload: None for the default, which fills at most half of the memory that is left; a given one may fill
+    0.9 of it. llm, autoencoder: (device, dtype); the buffer lies with the autoencoders in the LLM's dtype.
+    Raises InputError where it cannot fit.
     """
-    (llm_device, llm_dtype), (device, dtype) = llm, autoencoder
-    D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
+    (llm_device, llm_dtype), (device, dtype), config = llm, autoencoder, configs[0]
+    D, N = config["act_vec_size"], config["batch_size_autoencoder"]
     text = skeleton.config.get_text_config()
     widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
     tokens = config["batch_size_llm"] * config["min_tokens"]
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     parts = {
-        # Checkpoints need its logits as well, those of one context in float32.
-        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size + text.vocab_size)) * llm_dtype.itemsize
-        + config["min_tokens"] * text.vocab_size * 4,
-        # Weights, gradients and Adam's two moments; the copies of weights and gradients for the products.
-        "autoencoder": 2 * D * F * (4 * 4 + 2 * dtype.itemsize)
-        + max(N * (3 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4),
+        # Checkpoints need two batches of its logits as well, and a few of one context in float32.
+        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size + 2 * text.vocab_size))
+        * llm_dtype.itemsize
+        + config["min_tokens"] * text.vocab_size * 16,
+        "autoencoder": sum(_lasting_bytes(one, dtype) for one in configs)
+        + max(_passing_bytes(one, dtype) for one in configs),
     }
     free = {place: _free_bytes(place) for place in (llm_device, device)}
     left = dict(free)
@@ -182,24 +213,36 @@ def plan_memory(config, skeleton, llm, autoencoder):
                 "much: take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
             )
     batch_bytes = N * (D * llm_dtype.itemsize + 24)  # and the rows' places in the shuffled order
-    wanted = min(config["num_batches_preload"] or DEFAULT_PRELOAD, config["num_batches"])
-    fits = int(left[device] * (0.9 if config["num_batches_preload"] else 0.5) / batch_bytes)
-    if fits < 1 or (config["num_batches_preload"] and wanted > fits):
+    wanted = min(preload or DEFAULT_PRELOAD, config["num_batches"])
+    fits = int(left[device] * (0.9 if preload else 0.5) / batch_bytes)
+    if fits < 1 or (preload and wanted > fits):
         raise InputError(
             f"--num_batches_preload {wanted} needs {wanted * batch_bytes / 1e9:.2f} GB on {device}, where "
             f"{left[device] / 1e9:.2f} GB are left: at most {fits}"
         )
-    preload = min(wanted, fits)
+    settled = min(wanted, fits)
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
     line = (
-        f"memory, GB: {sizes}, buffer {preload * batch_bytes / 1e9:.2f} ({preload} batches"
-        f"{f' of {wanted}: more would fill over half of what is left' if preload < wanted else ''}); "
+        f"memory, GB: {sizes}, buffer {settled * batch_bytes / 1e9:.2f} ({settled} batches"
+        f"{f' of {wanted}: more would fill over half of what is left' if settled < wanted else ''}); "
         f"LLM in {config['dtype_llm']} on {llm_device}, autoencoder in float32 on {device}, its products in "
         f"{str(dtype).removeprefix('torch.')}\n"
         f"data: {config['num_batches']} batches of {N} tokens to train, {config['epoch_batches']} in an epoch"
         f"{'; each epoch comes in a new order' if config['num_batches'] > config['epoch_batches'] else ''}"
     )
-    return config | {"num_batches_preload": preload}, line
+    return settled, line
+
+
+def _lasting_bytes(config, dtype):
+    """Weights, gradients and Adam's two moments; copies for the products and room for a gradient."""
+    matrix = config["act_vec_size"] * config["dict_vec_size"]
+    return matrix * (2 * 4 * 4 + (0 if dtype == torch.float32 else 3 * dtype.itemsize))
+
+
+def _passing_bytes(config, dtype):
+    """What a step, a checkpoint or a revival needs for a moment: a matrix of weights, numbers of a batch."""
+    D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
+    return D * F * 4 + max(N * (3 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4)
 
 
 def _free_bytes(device):
@@ -245,27 +288,29 @@ def stream(run, model, module, batch, stopping=lambda: False):
     return ShuffleBuffer(rows, size, config["num_batches"], config["num_batches_preload"], seed, device, skip)
 
 
-def loop(run, model, module, trainer, buffer):
+def loop(run, model, module, trainers, buffer):
     """Train to the end and keep what is to be kept; yields after each step what the bar shows of it."""
-    config, folder, shown = run.config, run.folder, {}
+    config, logs = run.config, {}
     plan = Resampling.of(config["neuron_resampling_method"], config["neuron_resampling_interval"])
-    num_batches, interval, judge = (
-        config["num_batches"],
-        config["batches_between_ckpt"],
-        run.judge(model, module),
-    )
-    for events in train(trainer, buffer, num_batches, plan, config["seed"]):
-        folder.append(events)
-        if trainer.batch == num_batches or (interval and trainer.batch % interval == 0):
-            (figures,) = judge.figures([trainer.autoencoder])
-            events = [*events, folder.save_checkpoint(trainer, figures)]
-        elif folder.resume_is_old():
-            folder.save_resume(trainer)
-        shown |= bar_figures(events)
-        yield shown
+    num_batches, interval = config["num_batches"], config["batches_between_ckpt"]
+    judge = run.judge(model, module)
+    for events in train(trainers, buffer, num_batches, plan, config["seed"]):
+        for place, new in events.items():
+            run.folders[place].append(new)
+            logs.update((place, event) for event in new if event["event"] == "log")
+        batch = max(trainers[place].batch for place in events)
+        if batch == num_batches or (interval and batch % interval == 0):
+            figures = judge.figures([trainers[place].autoencoder for place in events])
+            for place, of_one in zip(events, figures, strict=True):
+                run.folders[place].save_checkpoint(trainers[place], of_one)
+            sweep.write(run.path, run.folders)
+        elif run.folders[0].resume_is_old():
+            run.save_resume(trainers)
+        shown = [logs[place] for place in sorted(logs)]
+        yield {label: "/".join(text.format(**log) for log in shown) for label, text in BAR.items()}
 
 
-def timed_steps(run, model, module, trainer):
+def timed_steps(run, model, module, trainers):
     """One line: the time a run takes, from two LLM batches and two training steps after one of each."""
     size, device = run.config["batch_size_autoencoder"], run.autoencoder.device
     (ids_BT,) = run.contexts(run.training_rows[: run.config["batch_size_llm"]])
@@ -275,8 +320,9 @@ def timed_steps(run, model, module, trainer):
         return next(activations.activation_rows(model, module, [ids_BT], skip)).to(device)
 
     def step():
-        trainer.step(batch_ND)
-        return trainer.losses[-1]
+        for trainer in trainers:
+            trainer.step(batch_ND)
+        return torch.stack([trainer.losses[-1] for trainer in trainers])
 
     def seconds(work):
         work().sum().item()  # reading a number waits for the device

@@ -238,20 +238,30 @@ class Resampling(NamedTuple):
         return self.interval if self.method == "replacement" else max(1, self.interval // 2)
 
 
-def train(trainer, buffer, num_batches, plan, seed):
-    """Train up to batch `num_batches`; yields after every step the list of its events (mostly empty).
+def train(trainers, buffer, num_batches, plan, seed):
+    """Train up to batch `num_batches`, all on the same batches; those that are ahead wait for the others.
 
-    Events are dicts with `event` (log, resample) and `batch`. plan: a Resampling or None. Features are
-    revived at the beginning of a step, so whatever is saved after a step was trained; and not where less than
-    an interval is left for them to recover.
+    Yields after every batch {place in `trainers`: events} of those that took it. Events (mostly none) are
+    dicts with `event` (log, resample), `batch` and `tokens`. plan: a Resampling or None.
     """
-    for x_ND in buffer.batches(first=trainer.batch):
-        events = []
-        if trainer.batch == 0:
-            trainer.start(buffer, seed)
-        elif plan and trainer.batch % plan.interval == 0 and trainer.batch + plan.interval <= num_batches:
-            events.append({"batch": trainer.batch} | trainer.resample(plan, seed, buffer))
-        trainer.step(x_ND)
-        if trainer.batch == num_batches or trainer.batch % LOG_INTERVAL == 0:
-            events.append({"batch": trainer.batch, "event": "log"} | trainer.log_line())
-        yield [{"tokens": event["batch"] * len(x_ND)} | event for event in events]
+    first = min(trainer.batch for trainer in trainers)
+    for number, x_ND in enumerate(buffer.batches(first), first):
+        places = [place for place, trainer in enumerate(trainers) if trainer.batch == number]
+        yield {place: _train_step(trainers[place], x_ND, buffer, num_batches, plan, seed) for place in places}
+
+
+def _train_step(trainer, x_ND, buffer, num_batches, plan, seed):
+    """A step and its events.
+
+    Features are revived at the beginning of a step, so whatever is saved after a step was trained; and not
+    where less than an interval is left for them to recover.
+    """
+    events, batch = [], trainer.batch
+    if batch == 0:
+        trainer.start(buffer, seed)
+    elif plan and batch % plan.interval == 0 and batch + plan.interval <= num_batches:
+        events.append({"batch": batch} | trainer.resample(plan, seed, buffer))
+    trainer.step(x_ND)
+    if trainer.batch == num_batches or trainer.batch % LOG_INTERVAL == 0:
+        events.append({"batch": trainer.batch, "event": "log"} | trainer.log_line())
+    return [{"tokens": event["batch"] * len(x_ND)} | event for event in events]

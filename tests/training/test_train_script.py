@@ -95,10 +95,10 @@ def test_same_flags_same_bytes(whole_run, small_dataset, tiny_llama, tmp_path):
     assert contents(tmp_path / "again") == contents(whole_run[0])
 
 
-def start(*args, **more):
-    command = [sys.executable, str(ROOT / SCRIPT), *flags(*args, **more)]
+def start(*args, command=None, **more):
+    command = command or flags(*args, **more)
     return subprocess.Popen(
-        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        [sys.executable, str(ROOT / SCRIPT), *command], env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 

@@ -3,12 +3,19 @@ import itertools
 import pytest
 import torch
 
-from sae import InputError, training
+from sae import InputError
 from sae.autoencoder import Autoencoder
 from sae.training.buffer import ShuffleBuffer
-from sae.training.trainer import Resampling, Trainer, geometric_median, train
+from sae.training.trainer import Resampling, Trainer, geometric_median
+from sae.training.trainer import new_trainer as trainer_of
+from sae.training.trainer import train as train_all
 
 L1 = 0.3
+
+
+def train(trainer, *args):
+    """The events of each step of one autoencoder."""
+    return (events[0] for events in train_all([trainer], *args))
 
 
 def new_trainer(normalize=False, dtype=torch.float32, rate=1e-2):
@@ -98,7 +105,7 @@ def test_the_window_of_frequencies_is_a_million_tokens_or_half_of_a_short_run():
     config |= {"scale_dataset": False, "auxk": False}
     for batch_size, num_batches, block in ((256, 100_000, 512), (1024, 240, 15), (1024, 3, 1)):
         sizes = {"batch_size_autoencoder": batch_size, "num_batches": num_batches}
-        assert training.new_trainer(config | sizes, "cpu", torch.float32).frequency_block == block
+        assert trainer_of(config | sizes, "cpu", torch.float32).frequency_block == block
 
 
 def test_geometric_median_ignores_a_huge_row():
