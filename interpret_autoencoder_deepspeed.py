@@ -9,139 +9,94 @@ ElasticSearch was down, the same command goes on where the last one stopped.
 import contextlib
 import sys
 import time
-from pathlib import Path
 
 from sae import cli, processes
-
-COUNT = cli.whole_number(1)
 
 
 def parse_args():
     parser = processes.Parser(__doc__)
-    add = parser.add_argument
+    add, count = parser.add_argument, cli.whole_number(1)
     add("server_address", help="ElasticSearch: [http(s)://]host[:port]")
     add("api_key", help="its API key, or @FILE with the key (the launcher logs its command line: use @FILE)")
-    add(
-        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="folder of the tokenised dataset"
-    )
-    add(
-        "--interpretation_samples_path",
-        type=cli.path,
-        default="./interpretation_samples.pt",
-        help="samples to explain",
-    )
+    # fmt: off
+    add("--dataset_path", type=cli.path, default="./tokenized_dataset", help="tokenised dataset (folder)")
+    add("--interpretation_samples_path", type=cli.path, default="./interpretation_samples.pt",
+        help="samples to explain")
     add("--interpretation_model_name", type=cli.path, default="codellama/CodeLlama-34b-Instruct-hf",
-        help="LLM that explains: hub name, folder or .gguf")  # fmt: skip
-    add("--num_gpus", type=COUNT, default=4, help="processes that deepspeed started, on all machines")
-    add(
-        "--autoencoder_path",
-        type=cli.path,
-        default="./autoencoder.pt",
-        help="checkpoint that the samples were made with",
-    )
-    add("--num_interpretation_samples", type=COUNT, default=3, help="contexts an explanation is made from")
-    add("--num_simulation_samples", type=COUNT, default=3, help="top contexts, and random ones, to score on")
+        help="LLM that explains: hub name, folder or .gguf")
+    add("--simulation_model_name", type=cli.path, help="LLM that simulates (default: the one that explains)")
+    add("--num_gpus", type=count, default=4, help="processes that deepspeed started, on all machines")
+    add("--autoencoder_path", type=cli.path, default="./autoencoder.pt",
+        help="checkpoint that the samples were made with")
+    add("--num_interpretation_samples", type=count, default=20, help="contexts an explanation is made from")
+    add("--num_simulation_samples", type=count, default=10, help="top contexts, and random ones, to score on")
+    add("--context_tokens", type=cli.whole_number(8), default=64, help="tokens of a context, around its peak")
     add("--local_rank", type=int, help="set by deepspeed")
-    add(
-        "--ssl_cert",
-        type=cli.path,
-        help="file with the certificate authority of the server (default: the system's)",
-    )
+    add("--ssl_cert", type=cli.path,
+        help="file with the certificate authority of the server (default: the system's)")
     add("--insecure", action="store_true", help="do not verify the server's certificate")
     add("--index", help="ElasticSearch index (default: named after the autoencoder)")
     add("--server_patience", type=cli.number(least=0), default=600,
-        help="seconds to keep trying a server that fails, once all features are explained")  # fmt: skip
+        help="seconds to keep trying a server that fails, once all features are explained")
     add("--parallel", choices=["tensor", "data"], default="tensor",
-        help="tensor: the model split over all processes; data: a whole model in each")  # fmt: skip
-    add("--simulation", choices=["contrastive", "expected"], default="contrastive",
-        help="read against a neutral explanation, or the expected value alone")  # fmt: skip
-    add("--num_explanations", type=COUNT, default=1, help="written per feature, the best is kept")
+        help="tensor: the model split over all processes; data: a whole model in each")
+    add("--simulation", choices=["contrastive", "tokens", "expected"], default="contrastive",
+        help="read tokens, and lines where these see nothing; tokens alone; the expected value of lines")
+    add("--num_explanations", type=count, default=3,
+        help="per feature, the best is kept; 1: by the LLM from text, 2: by counting too, 3: from lines too")
+    add("--scores", choices=["simulation", "all"], default="simulation", help="all: detection, fuzzing too")
     add("--features", type=cli.whole_number(0), nargs="+", help="explain these features (default: all)")
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
-    add("--batch_size", type=cli.whole_number(2), default=8, help="features explained and scored together")
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLM")
+    add("--batch_size", type=count, default=16, help="features that are explained together")
+    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLMs")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
+    add("--dry_run", action="store_true", help="explain one batch, say what all would take, keep nothing")
     add("--seed", type=cli.SEED, default=0, help="of selections and bootstrap intervals")
+    # fmt: on
     return parser, parser.parse_args()
 
 
-def settings(args, device):
-    """What beside samples and LLM decides the documents, in words."""
-    from sae import models
-
-    flags = ("num_interpretation_samples", "num_simulation_samples", "num_explanations", "batch_size", "seed")
-    dtype = str(models.pick_dtype(args.dtype, device)).removeprefix("torch.")
-    return " ".join([*(f"{flag}={getattr(args, flag)}" for flag in flags), f"dtype={dtype}"])
-
-
 def interpret(args):  # in each process
-    from tqdm import tqdm
-
-    from sae import explanations, models
+    from sae import explanations
 
     here = processes.join(args.num_gpus)
-    path = Path(args.interpretation_samples_path).with_suffix(".explanations.jsonl")
-    files = args.interpretation_samples_path, args.dataset_path, args.autoencoder_path, args.features or ()
-    documents, name, trust = {}, args.interpretation_model_name, args.trust_remote_code
     with here.first_decides():
-        if here.rank == 0:
-            material = explanations.open_material(*files)
-            skeleton = models.skeleton(name, args.dtype, trust)
-            explanations.check_interpreter(skeleton, models.load_tokenizer(name, trust))
-            origin = material.origin(name, args.simulation, settings(args, here.device))
-            documents, torn = explanations.read_journal(path)
-            explanations.check_journal(documents, origin, path)
-            client = explanations.connect(args.server_address, args.api_key, args.ssl_cert, args.insecure)
-            index = args.index or explanations.index_name(material.samples.config)
-            explanations.ensure_index(client, index, origin)
-            lacking = explanations.missing(client, index, documents.values())
-            dropped = ", a torn last line dropped" if torn else ""
-            print(
-                f"{path}: {len(documents)} features done{dropped}; {index} lacks {len(lacking)}", flush=True
-            )
-    done = here.everyone(set(documents))[0]
-    material = material if here.rank == 0 else explanations.open_material(*files)
-    work = explanations.Plan(
-        material, args.num_interpretation_samples, args.num_simulation_samples, args.num_explanations,
-        args.batch_size, args.max_features,
-    )  # fmt: skip
-    pending = [number for number, group in enumerate(work.groups) if not done >= set(work.dims(group))]
-
-    todo = sum(len(work.groups[number]) for number in pending)
-    bar = tqdm(total=work.count, initial=work.count - todo, unit="feature", disable=here.rank > 0)
-
+        work = explanations.prepare(here, **vars(args)) if here.rank == 0 else None
+    done = here.from_first(set(work.documents) if work else None)
+    work = work or explanations.prepare(here, **vars(args))
+    pending = work.plan.pending(done)
+    bar = explanations.Bar(work.plan, pending, shown=here.rank == 0)
     with contextlib.ExitStack() as stack, bar:
         stopping = stack.enter_context(cli.stop_requested(forwarded=True))
-        if here.rank == 0:
-            writer = stack.enter_context(explanations.Writer(client, index, args.server_patience, stopping))
-            book = stack.enter_context(explanations.Journal(path))
-            writer.submit(lacking)
-        interpreter = explanations.Interpreter(
-            processes.load_model(here, name, args.dtype, args.parallel, trust),
-            models.load_tokenizer(name, trust),
-        ) if pending else None  # fmt: skip
+        if here.rank == 0 and not args.dry_run:
+            patience = args.server_patience
+            writer = stack.enter_context(explanations.Writer(work.client, work.index, patience, stopping))
+            book = stack.enter_context(explanations.Journal(work.path))
+            writer.submit(work.lacking)
+        explainer = explanations.load(here, work.plan, bar, **vars(args)) if pending else None
+        if args.dry_run:
+            said = explanations.forecast(work.plan, explainer)
+            print(said if here.rank == 0 else "", end="\n" if here.rank == 0 else "")
+            return 0
         started = time.monotonic()
-        rounds = explanations.explained(
-            work, pending, here, args.parallel, interpreter,
-            args.simulation, args.num_interpretation_samples, args.num_explanations, args.seed,
-        )  # fmt: skip
-        for results in rounds:
-            bar.update(len(results))
-            if here.rank == 0:
-                new = {result["dim"]: origin | result for result in results if result["dim"] not in done}
-                for document in new.values():
+        for results in explanations.explained(work.plan, pending, here, args.parallel, explainer):
+            bar.reach(len(results))
+            if here.rank == 0:  # in the journal before anything else happens with it
+                new = work.new(results)
+                for document in new:
                     book.append(document)
-                writer.submit(new.values())
-                documents |= new
+                writer.submit(new)
+                work.documents.update((document["dim"], document) for document in new)
             if any(here.everyone(stopping())):
                 if here.rank == 0:
-                    print(f"stopped: {len(documents)} features are in {path}, the same command goes on")
+                    count = len(work.documents)
+                    print(f"stopped: {count} features are in {work.path}, the same command goes on")
                 sys.exit(cli.STOPPED)  # an exit leaves the writer without waiting for a server that is down
         seconds = time.monotonic() - started
     if here.rank:
         return 0
-    summary = explanations.summary(documents.values(), len(documents) - len(done), seconds)
-    print(summary, f"wrote {path}; {writer.sent} documents sent to {index}", sep="\n")
+    summary = explanations.summary(work.documents.values(), len(work.documents) - len(done), seconds)
+    print(summary, f"wrote {work.path}; {writer.sent} documents sent to {work.index}", sep="\n")
     for dim, reason in writer.rejected:
         print(f"feature {dim}: rejected by the server: {reason}", file=sys.stderr)
     if writer.unsent:

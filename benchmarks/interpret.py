@@ -20,24 +20,18 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def suite(args, processes, parallel, address):
+def suite(args, processes, parallel, address, simulation="contrastive"):
     """Features per minute of the script's own last line (models loaded, explanations, scores, controls)."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "samples.pt"
         copy.write_bytes(Path(args.samples).read_bytes())
         command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", 29777]
         command += [ROOT / "interpret_autoencoder_deepspeed.py", address, "none", "--num_gpus", processes]
-        command += [
-            "--dataset_path",
-            args.dataset,
-            "--interpretation_samples_path",
-            copy,
-            "--parallel",
-            parallel,
-        ]
+        command += ["--dataset_path", args.dataset, "--interpretation_samples_path", copy]
+        command += ["--parallel", parallel, "--simulation", simulation]
         command += ["--autoencoder_path", args.autoencoder, "--interpretation_model_name", args.model]
         command += ["--max_features", args.features, "--batch_size", args.features // 2]
-        command += ["--index", f"benchmark-{processes}-{parallel}"]
+        command += ["--index", f"benchmark-{processes}-{parallel}-{simulation}"]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     return float(re.search(r"([\d.]+) features/minute", done.stdout)[1])
 
@@ -47,12 +41,11 @@ def naive(args):
     import torch
 
     from sae import models
-    from sae.explanations import evidence as plan
-    from sae.explanations import prompts
+    from sae.explanations import Plan, Settings, open_material, prompts
     from sae.explanations.interpreter import Interpreter
 
-    material = plan.open_material(args.samples, args.dataset, args.autoencoder)
-    work = plan.Plan(material, 3, 3, 1, 2, 2)
+    material = open_material(args.samples, args.dataset, args.autoencoder)
+    work = Plan(material, Settings(num_interpretation_samples=3, num_simulation_samples=3))
     tokenizer = models.load_tokenizer(args.model)
     interpreter = Interpreter(models.load_model(args.model), tokenizer)
     started, feature = time.monotonic(), work.feature(0)
@@ -96,9 +89,13 @@ def main():
         flush=True,
     )
     with elasticsearch() as url:
-        for processes, parallel in ((1, "tensor"), (2, "data"), (2, "tensor")):
-            rate = suite(args, processes, parallel, url)
+        for processes, parallel, simulation in (
+            (1, "tensor", "contrastive"), (1, "tensor", "tokens"), (2, "data", "contrastive"),
+            (2, "tensor", "contrastive"),
+        ):  # fmt: skip
+            rate = suite(args, processes, parallel, url, simulation)
             name = "1 process" if processes == 1 else f"{processes} processes, --parallel {parallel}"
+            name += f", --simulation {simulation}"
             print(f"| {name} | {rate:.1f} | {rate / slow:.0f} |", flush=True)
 
 

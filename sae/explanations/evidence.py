@@ -3,7 +3,6 @@
 Dims: F features, K kept contexts of a feature, T looked-at tokens of a context.
 """
 
-import random
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +10,10 @@ import torch
 
 from sae import InputError
 from sae.artifacts import check_origin, fingerprint
-from sae.explanations import prompts
+from sae.explanations.prompts import token_texts, typed, visible
 from sae.samples import RANDOM, SPREAD, TOP, Samples, load_samples, only
 
-JUDGING = 2  # top contexts, and as many others, that choose among several explanations
+JUDGING = 4  # top contexts, and as many others, that choose among several explanations
 
 
 class Material(NamedTuple):
@@ -43,11 +42,8 @@ class Material(NamedTuple):
         }
 
 
-def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
-    """The Material of a run, of the features `dims` alone where some are given.
-
-    Raises InputError unless samples, dataset and autoencoder belong together.
-    """
+def open_material(samples_path, dataset_path, autoencoder_path):
+    """The Material of a run. Raises InputError unless samples, dataset and autoencoder belong together."""
     from sae.tokens import load_tokenizer, open_dataset
 
     samples = load_samples(samples_path)
@@ -57,7 +53,6 @@ def open_material(samples_path, dataset_path, autoencoder_path, dims=()):
     if not Path(autoencoder_path).is_file():
         raise InputError(f"an autoencoder checkpoint needed at {autoencoder_path}, no such file")
     check_origin(what, samples.autoencoder_fingerprint, fingerprint(autoencoder_path), autoencoder_path)
-    samples = only(samples, dims) if dims else samples
     return Material(samples, dataset, load_tokenizer(dataset_path, info), fingerprint(samples_path))
 
 
@@ -67,7 +62,25 @@ class Context(NamedTuple):
     values_T: torch.Tensor  # the feature's activations, float32, unscaled
 
     def visible(self):
-        return [prompts.visible(text) for text in self.texts]
+        return [visible(text) for text in self.texts]
+
+    def peak(self):
+        return int(self.values_T.argmax())
+
+    def around_peak(self, tokens):
+        """This context, or so many tokens of it with the strongest in the middle."""
+        start = max(0, min(self.peak() - tokens // 2, len(self.texts) - tokens))
+        end = start + tokens
+        return Context(self.row, self.texts[start:end], self.values_T[start:end])
+
+    def document(self):
+        """The part of a document: the text, and where in it the tokens stand on which the feature fires."""
+        marks, at = [], 0
+        for text, value in zip(self.texts, self.values_T.tolist(), strict=True):
+            if value > 0:
+                marks.append([at, at + len(text)])
+            at += len(text)
+        return {"row": self.row, "text": "".join(self.texts), "marks": marks}
 
 
 class Feature(NamedTuple):
@@ -77,12 +90,23 @@ class Feature(NamedTuple):
     shown: list[Context]
     judging: list[Context]
     scored: list[Context]
+    hard: list[Context]  # silent, where features of nearly the same direction fire
+
+
+def fired_on(contexts):
+    """The distinct tokens with an activation, strongest first, as people type them."""
+    strongest = {}
+    for context in contexts:
+        for text, value in zip(context.texts, context.values_T.tolist(), strict=True):
+            if value > 0:
+                strongest[typed(text)] = max(value, strongest.get(typed(text), 0))
+    return sorted(strongest, key=lambda text: -strongest[text])
 
 
 class Roles(NamedTuple):
     """What a feature's contexts serve for (places among its K); no document serves two purposes."""
 
-    shown: list[int]  # to the interpreter, the strongest first
+    shown: list[int]  # to those who explain, the strongest first
     judging: list[int]  # which of several explanations is kept
     scored: list[int]
 
@@ -102,8 +126,8 @@ def roles(kind_K, rows_K, peak_K, document_K, num_shown, num_scored, num_judging
         """In turn to the role with the smallest part of what it may have."""
         for k in places:
             open_roles = [r for r in range(3) if len(taken[r]) < most[r]]
-            open_roles = [r for r in open_roles if owner.get(document_K[k], r) == r and k not in taken[r]]
-            if open_roles and not any(k in places_taken for places_taken in taken):
+            open_roles = [r for r in open_roles if owner.get(document_K[k], r) == r]
+            if open_roles:
                 role = min(open_roles, key=lambda r: len(taken[r]) / most[r])
                 owner[document_K[k]] = role
                 taken[role].append(k)
@@ -112,82 +136,81 @@ def roles(kind_K, rows_K, peak_K, document_K, num_shown, num_scored, num_judging
         deal(places, (num_shown, num_judging, num_scored))
     firing = [len(places) for places in taken]
     deal(drawn, (0, firing[1] + num_judging, firing[2] + num_scored))
-    if num_judging:  # several explanations: the more contexts to choose from the better
-        deal(fires[0] + fires[1], (len(rows_K), 0, 0))
     return Roles(*taken)
 
 
-def selections(shown, size, count, seed):
-    """`count` ways to choose `size` of the contexts `shown`: the strongest, then random ones."""
-    rng = random.Random(seed)
-    return [shown[:size]] + [
-        sorted(rng.sample(shown, min(size, len(shown))), key=shown.index) for _ in range(count - 1)
-    ]
-
-
-def groups(features, size):
-    """Features in lists of `size`, fixed by their order; a last one of its own joins the list before.
-
-    A group is explained together and its features control each other: the documents do not depend on how
-    many processes share the groups, nor on where a run was interrupted.
-    """
-    parts = [features[start : start + size] for start in range(0, len(features), size)]
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [parts[-2] + parts[-1]]
-    return parts
+def evenly(items, count):
+    """`count` of the items at even steps, the first and the last among them."""
+    if len(items) <= count:
+        return list(items)
+    steps = torch.linspace(0, len(items) - 1, count).round().long().tolist()
+    return [items[step] for step in steps]
 
 
 class Plan:
     """Which contexts explain and score each feature of the samples, in which groups; contexts as text.
 
-    `dataset`: the tokenised dataset that the samples are from, `tokenizer`: its tokenizer.
+    A feature is named by its place in the samples file. `dims`: the features to explain (none: all).
     """
 
-    def __init__(self, material, num_shown, num_scored, num_explanations, group_size, most=0):
-        self._samples, self._dataset, self._tokenizer, _ = material
-        samples = self._samples
-        self._skip = samples.config.get("skip_positions", 0)
-        document = self._dataset.with_format("numpy")["document"][:]
-        num_judging = JUDGING if num_explanations > 1 else 0
-        count = min(most or len(samples.features), len(samples.features))
-        peak_FK = samples.activations[:count].amax(-1)
-        self._roles = [
-            roles(
-                samples.kind[f].tolist(), samples.rows[f].tolist(), peak_FK[f].tolist(),
-                document[samples.rows[f]].tolist(), num_shown, num_scored, num_judging,
-            )
-            for f in range(count)
-        ]  # fmt: skip
-        self.count, self.group_size = count, group_size
-        self.groups = groups(list(range(count)), group_size)  # places in the samples
-        self.rows_of_groups = [
-            [int(samples.rows[f, k]) for f in group for k in self._roles[f].scored + self._roles[f].judging]
-            for group in self.groups
-        ]
+    def __init__(self, material, chosen, dims=(), most=0):
+        self.samples, self._dataset, self._tokenizer, _ = material
+        self.settings = chosen
+        self._document = self._dataset.with_format("numpy")["document"][:]
+        self.total = len(self.samples.features)
+        if dims:
+            only(self.samples, dims)  # refuses those that are not there
+        wanted = [f for f in range(self.total) if not dims or int(self.samples.features[f]) in set(dims)]
+        wanted, size = wanted[: most or None], chosen.batch_size
+        self.groups = [wanted[start : start + size] for start in range(0, len(wanted), size)]
+        self.count = len(wanted)
+        self._texts = {}
 
-    def dims(self, group):
-        return self._samples.features[group].tolist()
+    def dims(self, places):
+        return self.samples.features[places].tolist()
 
-    def texts(self, row):
-        """The looked-at tokens of a context as text."""
-        length = self._samples.activations.shape[-1]
-        ids = self._dataset[int(row)]["input_ids"][self._skip : length]
-        return prompts.token_texts(self._tokenizer, ids)
-
-    def visible(self, row):
-        return [prompts.visible(text) for text in self.texts(row)]
+    def pending(self, done):
+        """The numbers of the groups whose features are not all among `done`."""
+        return [number for number, group in enumerate(self.groups) if not done >= set(self.dims(group))]
 
     def feature(self, f):
         """The Feature at place `f` of the samples."""
-        samples = self._samples
-        contexts = [
-            [
-                Context(row, self.texts(row), samples.activations[f, k, self._skip :].float())
-                for k in places
-                for row in [int(samples.rows[f, k])]
-            ]
-            for places in self._roles[f]
-        ]
+        samples, chosen = self.samples, self.settings
+        skip = samples.config.get("skip_positions", 0)
+        acts_KT = samples.activations[f, :, skip:].float()
+        dealt = roles(
+            samples.kind[f].tolist(), samples.rows[f].tolist(), acts_KT.amax(-1).tolist(),
+            self._document[samples.rows[f]].tolist(), chosen.num_interpretation_samples,
+            chosen.num_simulation_samples,
+            JUDGING if chosen.num_explanations > 1 else 0,
+        )  # fmt: skip
+
+        def context(row, values_T):
+            return Context(row, self._texts_of(row, skip), values_T).around_peak(chosen.context_tokens)
+
+        contexts = [[context(int(samples.rows[f, k]), acts_KT[k]) for k in places] for places in dealt]
+        rows = [] if samples.hard_rows is None else [row for row in samples.hard_rows[f].tolist() if row >= 0]
+        silent = [context(row, torch.zeros_like(acts_KT[0])) for row in rows]
         dim = int(samples.features[f])
         frequency, peak = samples.log10_frequency[dim].item(), samples.max_activation[f].item()
-        return Feature(dim, frequency, peak, *contexts)
+        return Feature(dim, frequency, peak, *contexts, silent)
+
+    def others(self, f):
+        """The places of all other features of the samples, in a circle from `f` on."""
+        return [(f + step) % self.total for step in range(1, self.total)]
+
+    def effects(self, f):
+        """The fields promotes and suppresses: the tokens whose logits the feature raises and lowers most."""
+        ids = {"promotes": self.samples.promoted, "suppresses": self.samples.suppressed}
+        texts = {
+            field: [] if of is None else token_texts(self._tokenizer, of[f].tolist())
+            for field, of in ids.items()
+        }
+        return {field: [typed(text) for text in there] for field, there in texts.items()}
+
+    def _texts_of(self, row, skip):
+        """The looked-at tokens of a context as text."""
+        ids = self._dataset[row]["input_ids"][skip : self.samples.activations.shape[-1]]
+        new = [id for id in dict.fromkeys(ids) if id not in self._texts]
+        self._texts |= zip(new, token_texts(self._tokenizer, new), strict=True)
+        return [self._texts[id] for id in ids]

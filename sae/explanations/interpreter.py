@@ -17,6 +17,8 @@ from sae import InputError
 from sae.explanations import prompts
 from sae.explanations.chat import CUT, chat, plain, split_chat
 
+MOST_PREFIXES = 8  # whose keys and values are kept
+
 
 class Prefix(NamedTuple):
     """Ids that many texts begin with; their keys and values, computed once, where the model has such."""
@@ -52,7 +54,7 @@ class Interpreter:
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         # SentencePiece puts a space before whatever it is given: not so where a text goes on.
         self._before = "\n" if tokenizer.tokenize("a")[0][0] in "▁Ġ" else ""
-        self._prefixes = {}
+        self._prefixes, self.tokens_read = {}, 0
 
     def chat(self, messages):
         """The text that a reply goes on from; nothing in `messages` becomes a control token."""
@@ -141,24 +143,30 @@ class Interpreter:
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def next_token(self, texts, batch_size=16, progress=None):
-        """log p of what comes next after each text (as `chat` makes them): [B, V] float32, cpu."""
-        rows, parts = [self.encode(text)[0] for text in texts], []
+    def next_token(self, texts, batch_size=16, progress=None, messages_about=None, begin=""):
+        """log p of what comes next after each text (as `chat` makes them): [B, V] float32, cpu.
+
+        With `messages_about` after the reply's `begin`, in chats that end with the texts.
+        """
+        prefix, rows, parts = None, [self.encode(text)[0] for text in texts if not messages_about], []
+        if messages_about:
+            prefix, tail = self._chat_prefix(messages_about)
+            rows = [self.encode(self.plain(text) + tail + begin, self._before)[0] for text in texts]
         for start in range(0, len(rows), batch_size := 1 if self._alone else batch_size):
             batch = rows[start : start + batch_size]
-            logits_B1V, _ = self._read(batch, [[len(ids) - 1] for ids in batch])
+            logits_B1V, _ = self._read(batch, [[len(ids) - 1] for ids in batch], prefix)
             parts.append(_log_p(logits_B1V[:, 0]))
             if progress:
                 progress(len(batch))
         return torch.cat(parts)
 
-    def yes(self, texts, batch_size=16, progress=None):
-        """Log odds of a reply that begins with yes against one with no, after each text: [B] float32, cpu."""
+    def yes(self, texts, batch_size=16, progress=None, messages_about=None):
+        """Log odds of yes over no as a reply's beginning, read as `next_token` does: [B] float32, cpu."""
         odds = []
         for word in ("yes", "no"):
             spelt = (space + form for space in ("", " ") for form in (word, word.title(), word.upper()))
             odds.append(sorted({self.encode(each, self._before)[0][0] for each in spelt}))
-        log_p_BV = self.next_token(texts, batch_size, progress)
+        log_p_BV = self.next_token(texts, batch_size, progress, messages_about)
         return log_p_BV[:, odds[0]].logsumexp(-1) - log_p_BV[:, odds[1]].logsumexp(-1)
 
     def encode(self, text, before=""):
@@ -178,6 +186,8 @@ class Interpreter:
         """(Prefix of what comes before the question, the text after it) of such chats."""
         head, tail = split_chat(self.tokenizer, messages_about)
         if head not in self._prefixes:
+            if len(self._prefixes) == MOST_PREFIXES:
+                del self._prefixes[next(iter(self._prefixes))]
             self._prefixes[head] = self.prefix(head)
         return self._prefixes[head], tail
 
@@ -223,7 +233,7 @@ class Interpreter:
             inputs["attention_mask"] = seen_BS
             if self._takes_positions:
                 inputs["position_ids"] = (seen_BS.cumsum(1) - 1)[:, -ids_BL.shape[1] :]
-        at_BT = at_BT.to(self.device)
+        at_BT, self.tokens_read = at_BT.to(self.device), self.tokens_read + ids_BL.numel()
 
         def select(_head, inputs):
             hidden_BLD = inputs[0]

@@ -10,15 +10,20 @@ NEUTRAL = "nothing in particular"
 SPACE = "·"
 NAMED = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", " ": SPACE, SPACE: "\\" + SPACE}
 
+STUDY = "You study features of a language model that reads source code."
 MARKS = f"In the tokens {SPACE} stands for a space, \\n for a new line and \\t for a tab."
 EXPLAIN = (
-    "You study features of a language model that reads source code. Each line holds one token and, after a "
-    f"tab, how strongly the feature fires on it, from 0 to {EXPLAIN_TOP}. {MARKS} "
+    f"{STUDY} Each line holds one token and, after a tab, how strongly the feature fires on it, from 0 to "
+    f"{EXPLAIN_TOP}. {MARKS} Say in one short sentence what the feature fires on."
+)
+EXCERPTS = (
+    f"{STUDY} In each excerpt the tokens that a feature fires on stand between « and »; the last line counts "
+    "how many times it fired on a token, of how many times that token was seen. "
     "Say in one short sentence what the feature fires on."
 )
 SIMULATE = (
-    "You study features of a language model that reads source code. Given what a feature fires on, write for "
-    f"each token, after a tab, how strongly the feature fires on it, from 0 to {SIMULATE_TOP}. {MARKS}"
+    f"{STUDY} Given what a feature fires on, write for each token, after a tab, how strongly the feature "
+    f"fires on it, from 0 to {SIMULATE_TOP}. {MARKS}"
 )
 REPLY = "The feature fires on"
 
@@ -42,6 +47,20 @@ SHOTS = (
         "···:0|·with:0|·open:5|(:0|file:9|name:3|):0|·as:0|·handle:0|:::0|\\n:0|···:0|·folder:9|·=:0|·1:0",
     ),
 )  # fmt: skip
+
+EXCERPT_SHOTS = (
+    ("the word import", ["from os «import» path\\n", "«import» re\\n«import» sys\\n"], "import 3 of 3"),
+    ("the name after class", ["class« Shape»:\\n", "\\nclass« Node»(Base"], "Shape 1 of 1, Node 1 of 2"),
+    ("closing brackets, ) and ]", ["f(a[1«])»\\n", "print(x«)»"], ") 1 of 1, ]) 1 of 1"),
+    (
+        "words about files, such as file, open and folder",
+        ["with« open»(«file»name)", "« folder» = 1"],
+        "open 1 of 1, file 1 of 1, folder 1 of 2",
+    ),
+)
+# What a token reading asks, without and with examples before it; the model goes on after a backtick.
+TOKEN_SHOTS = ((), (("the word while", "while"), ("plus signs", "+")))
+TOKEN_REPLY = "It fires on `"
 
 
 def token_texts(tokenizer, ids):
@@ -121,13 +140,58 @@ def _shot(shot, top):
     return tokens, [round(int(number) * top / SIMULATE_TOP) for number in numbers]
 
 
+def excerpt_question(excerpts, counts):
+    """The user's turn of the text hand: excerpts of code with marks, a line each, and what was counted."""
+    return "".join(f"- {excerpt}\n" for excerpt in excerpts) + f"Counted: {counts}"
+
+
+def excerpt(texts, active):
+    """A context on one line, the tokens where `active` is true between « and », which the code loses."""
+    plain = [text.replace("«", "<<").replace("»", ">>") for text in texts]
+    marked = (f"«{text}»" if fires else text for text, fires in zip(plain, active, strict=True))
+    return "".join(marked).replace("\n", "\\n").replace("\r", "").replace("\t", "\\t")
+
+
+def excerpt_messages(question):
+    """Chat messages that ask for an explanation of marked excerpts."""
+    messages = [{"role": "system", "content": EXCERPTS}]
+    for explanation, *shot in EXCERPT_SHOTS:
+        messages.append({"role": "user", "content": excerpt_question(*shot)})
+        messages.append({"role": "assistant", "content": f"{REPLY} {explanation}."})
+    return [*messages, {"role": "user", "content": question}]
+
+
+def token_messages(shots):
+    """What makes the chat messages that ask for a token on which a feature fires, after some examples."""
+
+    def ask(what):
+        return {"role": "user", "content": f"The feature fires on {what}. Give a token on which it fires."}
+
+    def messages(what):
+        turns = [{"role": "system", "content": STUDY}]
+        for example, token in shots:
+            turns += [ask(example), {"role": "assistant", "content": f"{TOKEN_REPLY}{token}`."}]
+        return [*turns, ask(what)]
+
+    return messages
+
+
+def yes_messages(explanation, question):
+    """What makes the chat messages that ask `question`, to be answered by yes or no, of a text."""
+
+    def messages(text):
+        asked = f"A feature fires on {explanation}. {question} Answer yes or no.\n\n{text}"
+        return [{"role": "system", "content": STUDY}, {"role": "user", "content": asked}]
+
+    return messages
+
+
 def sentence(reply):
-    """The first sentence of a reply without its full stop, and whether the reply reached its end."""
-    end = re.search(r"(?<!e\.g)(?<!i\.e)[.!?]+[\"'`)]*\s|\n", reply.lstrip())
+    """The first sentence of a reply without its full stop, and whether the reply reached its end.
+
+    A full stop, question or exclamation mark ends it after a word, bracket or quotation mark and before a
+    capital: all others may be code that the sentence speaks of.
+    """
+    end = re.search(r"(?<!e\.g)(?<!i\.e)(?<=[\w)\]\"'`])[.!?]+[\"'`)]*\s+(?=[A-Z])|\n", reply.lstrip())
     text = reply.lstrip()[: end.start()] if end else reply
-    return text.strip().rstrip(".").strip(), end is not None
-
-
-def marked(texts, active):
-    """A context as plain text, the tokens where `active` is true between « and »."""
-    return "".join(f"«{text}»" if fires else text for text, fires in zip(texts, active, strict=True))
+    return re.sub(r"(?<=[\w)\]\"'`])\.+$", "", text.strip()).strip(), end is not None

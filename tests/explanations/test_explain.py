@@ -1,186 +1,190 @@
-"""Scores that can be checked by hand, fair splits of contexts, and readings equal to plain forward passes."""
+"""From contexts to documents: which hand is kept, whose control it is, what is said where nothing can be."""
 
-import math
-
-import pytest
 import torch
-from transformers import AutoTokenizer
 
-from sae.explanations import evidence as plan
-from sae.explanations import explain, prompts
-from sae.samples import RANDOM, SPREAD, TOP, Samples
-from sae.tokens import open_dataset
+from sae.explanations.evidence import Context, Feature
+from sae.explanations.explain import Explainer, Settings
 
 
-def test_correlation_joins_all_tokens_of_all_contexts():
-    x, y = torch.tensor([[0.0, 1.0], [2.0, 3.0]]), torch.tensor([[0.0, 2.0], [4.0, 6.0]])
-    assert explain.correlation(x, y) == pytest.approx(1)
-    # Each context alone correlates perfectly, the two together do not.
-    assert (
-        explain.correlation(torch.tensor([[0.0, 1.0], [5.0, 6.0]]), torch.tensor([[5.0, 6.0], [0.0, 1.0]]))
-        < 0
-    )
-    # By hand: x - mean = (-1, 0, 1), y - mean = (-2, 1, 1): 3 / sqrt(2 * 6).
-    values = explain.correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([0.0, 3.0, 3.0]))
-    assert values == pytest.approx(3 / math.sqrt(12))
+class Writer:
+    """An LLM that writes what it is told to, whatever it is asked; it keeps the questions."""
+
+    tokens_read = 0
+
+    def __init__(self, *sentences):
+        self.sentences, self.asked = sentences, []
+
+    def explanations(self, questions, messages_about=None, progress=None):
+        self.asked += [(messages_about.__name__, question) for question in questions]
+        progress(len(questions))
+        return [self.sentences[len(self.asked) % len(self.sentences)]] * len(questions)
 
 
-def test_a_constant_side_has_no_correlation():
-    assert explain.correlation(torch.ones(4), torch.arange(4.0)) is None
-    assert explain.correlation(torch.arange(4.0), torch.zeros(4)) is None
+class Literal:
+    """A simulator for which an explanation fires on the tokens among its words."""
+
+    def __init__(self, interpreter=None):
+        self.interpreter, self.seen = interpreter, []
+
+    def __call__(self, explanation, contexts):
+        self.seen.append((explanation, [context.row for context in contexts]))
+        words = explanation.replace("`", "").split()
+        return torch.tensor([[float(text.strip() in words) for text in c.texts] for c in contexts])
+
+    def yes(self, explanation, _question, texts):
+        return torch.tensor([float(explanation.split()[-1] in text) for text in texts])
 
 
-def test_the_interval_is_what_drawing_contexts_one_by_one_gives():
-    rng = torch.Generator().manual_seed(1)
-    x_CT = torch.rand(5, 8, generator=rng)
-    y_CT = x_CT + torch.rand(5, 8, generator=rng)
-    drawn = torch.randint(5, (explain.BOOTSTRAPS, 5), generator=torch.Generator().manual_seed(7))
-    slow = torch.tensor([explain.correlation(x_CT[draw], y_CT[draw]) for draw in drawn], dtype=torch.float64)
-    bounds = slow.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert explain.interval(x_CT, y_CT, 7) == pytest.approx(bounds, abs=1e-9)
-    assert explain.interval(torch.zeros(3, 4), torch.rand(3, 4), 0) is None
+class Plans:
+    """What an Explainer asks of a Plan, over features made by hand."""
+
+    def __init__(self, *features, **chosen):
+        self.features, self.settings = features, Settings()._replace(**chosen)
+
+    def feature(self, place):
+        return self.features[place]
+
+    def others(self, place):
+        return [(place + step) % len(self.features) for step in range(1, len(self.features))]
+
+    def effects(self, _place):
+        return {"promotes": ["x"], "suppresses": []}
 
 
-def test_expected_and_contrastive_readings_by_hand():
-    p = torch.full((1, 1, 10), 0.05)
-    p[..., 0], p[..., 9] = 0.1, 0.5  # non-zero: 0.9
-    assert explain.simulated(p.log()).item() == pytest.approx(0.05 * 36 + 9 * 0.5)
-    neutral = torch.full((1, 1, 10), 0.1)  # non-zero: 0.9 as well, so the explanation says nothing
-    nothing = explain.simulated(p.log(), neutral.log()).item()
-    assert nothing == pytest.approx(1 / (1 + math.exp(explain.THRESHOLD)), rel=1e-4)
-    neutral[..., 0], neutral[..., 1:] = 0.9, 0.1 / 9
-    assert explain.simulated(p.log(), neutral.log()).item() > nothing
+def feature(dim, word, other="def"):
+    """It fires on `word`, not on the `other`: three contexts shown, two to judge by, three to score on."""
+
+    def context(row):
+        texts = ["x", f" {word}", f" {other}", " y"]
+        return Context(10 * dim + row, texts, torch.tensor([0.0, 2.0, 0.0, 0.0]))
+
+    rows = [context(row) for row in range(8)]
+    return Feature(dim, -1.5, 2.0, rows[:3], rows[3:5], rows[5:], [])
 
 
-def test_contexts_are_dealt_in_turn_and_no_document_serves_twice():
-    kind = [TOP] * 6 + [SPREAD] * 2 + [RANDOM] * 4
-    rows, peak = list(range(12)), [9, 8, 7, 6, 5, 4, 3, 2, 0, 0, 1, 0]
-    document = [0, 1, 2, 3, 4, 5, 6, 7, 0, 9, 10, 11]  # the first random one shares a document with the top
-    found = plan.roles(kind, rows, peak, document, num_shown=2, num_scored=2)
-    assert found == plan.Roles([0, 2], [], [1, 3, 9, 10])
-    found = plan.roles(kind, rows, peak, document, num_shown=2, num_scored=1, num_judging=1)
-    assert found.judging[0] == 1 and found.scored == [2, 10] and found.judging == [1, 9]
-    assert found.shown[:2] == [0, 3] and set(found.shown) == {0, 3, 4, 5, 6, 7}
-    used = [[document[k] for k in places] for places in found]
-    assert not set(used[0]) & set(used[1]) | set(used[0]) & set(used[2]) | set(used[1]) & set(used[2])
+def explainer(*features, sentences=("the word y",), **chosen):
+    writer = Writer(*sentences)
+    simulator = Literal(writer)
+    return Explainer(Plans(*features, **chosen), writer, simulator), writer, simulator
 
 
-def test_missing_rows_and_silent_contexts_are_never_shown():
-    found = plan.roles([TOP, TOP, TOP, RANDOM], [5, 6, -1, -1], [3, 0, 0, 0], [1, 2, 0, 0], 2, 2)
-    assert found == plan.Roles([0], [], [])
-
-
-def test_selections_begin_with_the_strongest_and_differ():
-    first, *others = plan.selections([4, 2, 7, 1, 9, 3], 2, 4, seed="0 17")
-    assert first == [4, 2]
-    assert all(len(set(other)) == 2 for other in others)
-    assert [first, *others] == plan.selections([4, 2, 7, 1, 9, 3], 2, 4, seed="0 17")
-    assert len({tuple(other) for other in others}) > 1
-
-
-def test_groups_leave_no_feature_without_another_to_control_it():
-    assert plan.groups([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
-    assert plan.groups([1], 4) == [[1]]
-
-
-class Reader:
-    """An interpreter that reads a token's number off the explanation: it writes down what it is asked."""
-
-    def __init__(self):
-        self.asked = []
-
-    def explanations(self, questions):
-        return ["import" if "import\t10" in question else "def" for question in questions]
-
-    def readings(self, explanation, contexts, batch_size):
-        self.asked.append((explanation, len(contexts)))
-        return torch.stack(
-            [
-                torch.stack([_peaked(9 if token.strip("·") == explanation else 0) for token in tokens])
-                for tokens in contexts
-            ]
-        )
-
-
-def _peaked(digit):
-    p = torch.full((10,), 0.01)
-    p[digit] = 0.91
-    return p.log()
-
-
-def feature(dim, word):
-    texts = [["x", f" {word}", " y"], ["def", " import", " z"], [word, "a", "b"]]
-    contexts = [
-        plan.Context(10 * dim + row, text, torch.tensor([2.0 * (t.strip() == word) for t in text]))
-        for row, text in enumerate(texts)
+def test_the_hand_that_simulates_best_on_the_judging_contexts_is_kept():
+    one, _, simulator = explainer(feature(1, "import"), feature(2, "try"))
+    first, second = one.group([0, 1])
+    assert (first["interpretation"], first["explained_by"]) == ("the word import", "counted")
+    assert first["candidates"] == [
+        {"interpretation": "the word import", "explained_by": "counted", "judged": 1.0},
+        {"interpretation": "the word y", "explained_by": "text", "judged": first["candidates"][1]["judged"]},
     ]
-    return plan.Feature(dim, -1.5, 2.0, contexts[:1], [], contexts[1:])
+    assert first["candidates"][1]["judged"] < 0
+    assert ("the word y", [13, 14]) in simulator.seen  # the judging contexts, nothing of what is scored
+    assert (first["score"], second["score"]) == (1.0, 1.0)
+    better, _, _ = explainer(feature(1, "import"), sentences=("the word import",))
+    assert better.group([0])[0]["explained_by"] == "counted"  # said by both: whoever said it first
 
 
-def test_right_explanations_score_high_and_controls_low():
-    reader = Reader()
-    one, two = explain.explain_group([feature(1, "import"), feature(2, "def")], reader)
-    assert (one["interpretation"], two["interpretation"]) == ("import", "def")
-    assert (one["control_dim"], two["control_dim"]) == (2, 1)
-    assert one["score"] == two["score"] == 1.0
-    assert one["control"] < 0 and one["score_reason"] is None
-    assert one["tokens"] == ["import"] and one["examples"] == ["x« import» y", "def« import» z", "«import»ab"]
-    # One pass for each explanation: over its own contexts and those it controls.
-    assert reader.asked == [("import", 4), ("def", 4)]
+def test_an_llm_that_knows_more_wins():
+    odd = feature(1, "import")
+    judging = [context._replace(texts=["x", " yes", " def", " y"]) for context in odd.judging]
+    one, _, _ = explainer(odd._replace(judging=judging), sentences=("the word yes",))
+    assert one.group([0])[0]["explained_by"] in ("text", "lines")
 
 
-def test_a_feature_alone_has_no_control_and_a_silent_one_no_score():
-    (alone,) = explain.explain_group([feature(1, "import")], Reader())
+def test_an_undefined_candidate_is_worse_than_any_that_is_judged():
+    """`nowhere` is constant on the judging contexts, `y` correlates negatively: it is kept all the same."""
+    odd = feature(1, "import")
+    judging = [context._replace(texts=["x", " z", " def", " y"]) for context in odd.judging]
+    one, _, _ = explainer(odd._replace(judging=judging), sentences=("the word y", "the word nowhere"))
+    document = one.group([0])[0]
+    assert document["interpretation"] == "the word y"
+    assert [candidate["judged"] for candidate in document["candidates"]][1:] == [None, None]
+
+
+def test_a_single_explanation_is_the_llms_and_needs_no_judge():
+    one, writer, simulator = explainer(feature(1, "import"), num_explanations=1)
+    (document,) = one.group([0])
+    assert document["explained_by"] == "text" and document["candidates"][0]["judged"] is None
+    assert [name for name, _ in writer.asked] == ["excerpt_messages"]
+    assert simulator.seen == [("the word y", [15, 16, 17])]
+
+
+def test_both_of_the_llms_hands_are_asked_each_in_its_way():
+    one, writer, _ = explainer(feature(1, "import"))
+    one.group([0])
+    (text, excerpt), (lines, numbers) = writer.asked
+    assert (text, lines) == ("excerpt_messages", "explain_messages")
+    assert "- x« import» def y" in excerpt and "import 3 of 3" in excerpt
+    assert "·import\t10\n" in numbers
+
+
+def test_a_control_differs_in_meaning_and_is_sought_in_a_circle():
+    features = feature(1, "import"), feature(2, "import"), feature(3, "try")
+    one, _, simulator = explainer(*features)
+    first, second, third = one.group([0, 1, 2])
+    assert (first["control_dim"], second["control_dim"], third["control_dim"]) == (3, 3, 1)
+    assert first["control"] is None and "simulation is constant" in first["control_reason"]
+    assert ("the word try", [15, 16, 17]) in simulator.seen
+    near, _, _ = explainer(feature(1, "import"), feature(2, "def"))
+    controlled = near.group([0])[0]  # the other is not asked for, it is explained for the purpose
+    assert controlled["control_dim"] == 2 and controlled["control"] < 0
+
+
+def test_a_document_does_not_depend_on_what_else_is_explained():
+    features = [feature(dim, word) for dim, word in enumerate(("import", "try", "import", "return"))]
+    timeless = lambda documents: [document | {"time": ""} for document in documents]  # noqa: E731
+    together = timeless(explainer(*features)[0].group([0, 1, 2, 3]))
+    one = explainer(*features)[0]
+    assert timeless(one.group([2]) + one.group([0])) == [together[2], together[0]]
+
+
+def test_without_another_meaning_there_is_no_control():
+    alone = explainer(feature(1, "import"))[0].group([0])[0]
     assert alone["control"] is None and alone["control_dim"] is None and alone["score"] == 1.0
-    assert "no other feature" in alone["control_reason"]
-    assert "1 features explained: median score 1.00; 1 in" in explain.summary([alone], 1, 1.0)
+    assert "explanation of other words" in alone["control_reason"]
+    same = explainer(feature(1, "import"), feature(2, "import"))[0].group([0])[0]
+    assert same["control_dim"] is None
+
+
+def test_beside_the_score_stands_what_counting_scores():
+    odd = feature(1, "import")
+    scored = [context._replace(texts=["x", " def", " import", " y"]) for context in odd.scored]
+    document = explainer(odd._replace(scored=scored))[0].group([0])[0]
+    assert document["counting"] < 0 and document["score"] < 0  # both know `import`, it fires on `def` there
+    assert explainer(odd)[0].group([0])[0]["counting"] == 1.0
+
+
+def test_shown_and_scored_are_kept_apart():
+    document = explainer(feature(1, "import"))[0].group([0])[0]
+    assert [one["row"] for one in document["shown"]] == [10, 11, 12]
+    assert [one["row"] for one in document["scored"]] == [15, 16, 17]
+    assert document["scored"][0] == {"row": 15, "text": "x import def y", "marks": [[1, 8]]}
+    assert document["simulated"] == [[0.0, 1.0, 0.0, 0.0]] * 3
+    assert document["tokens"] == ["import"] and document["promotes"] == ["x"]
+
+
+def test_a_silent_feature_has_no_score_and_says_why():
     silent = feature(3, "nowhere")
-    (document,) = explain.explain_group([silent._replace(scored=silent.scored[1:2])], Reader())
-    assert document["score"] is None  # Reader explains "def", the context fires on `nowhere` alone
-    silent = silent._replace(shown=[], scored=[])
-    (document,) = explain.explain_group([silent], Reader())
-    assert document["score"] is None and "no explanation" in document["score_reason"]
+    document = explainer(silent._replace(scored=[]), feature(1, "import"))[0].group([0])[0]
+    assert document["score"] is document["control"] is document["counting"] is document["interval"] is None
+    assert "no context to score on" in document["score_reason"] == document["control_reason"]
+    document = explainer(silent._replace(shown=[], judging=[]))[0].group([0])[0]
+    assert document["interpretation"] == "" and document["explained_by"] is None
+    assert "no explanation" in document["score_reason"]
 
 
-def test_of_several_explanations_the_one_that_simulates_best_is_kept():
-    good = feature(1, "import")
-    misleading = plan.Context(99, ["def", "x"], torch.tensor([2.0, 0.0]))
-    several = good._replace(shown=[misleading, *good.shown], judging=good.scored[:1])
-    assert explain.explain_group([several], Reader(), num_shown=1)[0]["interpretation"] == "def"
-    kept = explain.explain_group([several], Reader(), num_shown=1, num_explanations=8)[0]
-    assert kept["interpretation"] == "import"
+def test_detection_and_fuzzing_are_measured_when_asked_for():
+    wide = feature(1, "import")
+    wide = wide._replace(scored=wide.scored * 4, hard=[context._replace(
+        texts=["x", "z"], values_T=torch.zeros(2)) for context in wide.scored * 4])  # fmt: skip
+    assert "detection" not in explainer(wide)[0].group([0])[0]
+    document = explainer(wide, scores="all")[0].group([0])[0]
+    assert document["detection"] == 1.0 and 0 <= document["fuzzing"] <= 1
 
 
-def test_a_context_is_read_under_the_neutral_explanation_once_and_always_in_the_same_company():
-    visible = {row: ["x", "y"] for row in range(6)}
-    orders = ([[3], [0, 1], [0, 4]], [[0, 4], [3], [0, 1]])
-    for order in orders:
-        reader = Reader()
-        neutral = explain.NeutralReadings(reader, [[0, 1], [1, 2, 0], [3, 4, 3]], visible.get, 8)
-        for rows in order:
-            assert neutral(rows).shape == (len(rows), 2, 10)
-        assert sorted(reader.asked) == [(prompts.NEUTRAL, 2), (prompts.NEUTRAL, 2)]
-
-
-def test_the_summary_counts_what_beats_its_control():
-    documents = [{"score": s, "control": c} for s, c in ((0.5, 0.1), (0.1, 0.2), (None, None), (0.3, 0.0))]
-    said = explain.summary(documents, 2, 60.0)
-    assert "4 features explained: median score 0.30, median control 0.10, 67% beat" in said
-    assert "2 in 60 s, 2.0 features/minute" in said
-    assert "no score is defined" in explain.summary(documents[2:3], 1, 1.0)
-
-
-def test_skipped_positions_are_neither_shown_nor_scored(small_dataset, smollm2):
-    dataset, _ = open_dataset(small_dataset)
-    acts = torch.zeros(1, 4, 64)
-    acts[..., 10] = torch.tensor([4.0, 3.0, 2.0, 1.0])
-    samples = Samples(
-        {"skip_positions": 3}, "", "", 1, torch.zeros(1), torch.tensor([0]), torch.tensor([4.0]),
-        torch.tensor([[0, 2, 4, 6]]), acts.half(), torch.full((1, 4), TOP, dtype=torch.int8),
-    )  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    made = plan.Plan(plan.Material(samples, dataset, tokenizer, ""), 2, 2, 1, 8)
-    one = made.feature(0)
-    assert [context.row for context in one.shown] == [0, 4] and [c.row for c in one.scored] == [2, 6]
-    whole = prompts.token_texts(tokenizer, dataset[0]["input_ids"])
-    assert one.shown[0].texts == whole[3:] and one.shown[0].values_T.tolist()[7] == 4.0
+def test_progress_is_told_for_each_thing_that_is_done():
+    told = []
+    writer = Writer("the word y")
+    plan = Plans(feature(1, "import"), feature(2, "try"))
+    one = Explainer(plan, writer, Literal(writer), lambda what, count=1: told.append((what, count)))
+    one.group([0, 1])
+    assert told == [("written", 2), ("written", 2), ("explained", 1), ("explained", 1)] + [("scored", 1)] * 2

@@ -98,7 +98,30 @@ def test_a_reply_ends_with_its_first_sentence():
     assert prompts.sentence(" imports\nThe") == ("imports", True)
 
 
-def test_where_a_feature_fires_is_marked():
+def test_a_reply_is_not_cut_inside_code():
+    for code in (
+        "the . operator",
+        '"!" and "?"',
+        "`self.x.y`",
+        "names, e.g. `foo`. ",
+        "a dot. then more",
+        "...",
+    ):
+        assert prompts.sentence(f" {code}")[0] == code.strip().rstrip(".") or code == "..."
+    assert prompts.sentence(' "!" and "?" in strings. It')[0] == '"!" and "?" in strings'
+    assert prompts.sentence(" the token `.`. It fires")[0] == "the token `.`"
+
+
+def test_an_excerpt_is_one_line_with_marks_that_code_cannot_have():
+    assert prompts.excerpt(["from", " a", "\n\t", "«b"], [True, False, False, True]) == "«from» a\\n\\t«<<b»"
+
+
+def test_what_is_asked_of_a_text_and_for_a_token():
+    asked = prompts.yes_messages("the word import", "Does it fire?")("from x")
     assert (
-        prompts.marked(["from", " a", " import", " b"], [True, False, True, False]) == "«from» a« import» b"
+        asked[-1]["content"]
+        == "A feature fires on the word import. Does it fire? Answer yes or no.\n\nfrom x"
     )
+    plain = prompts.token_messages(())("commas")
+    assert plain[-1]["content"] == "The feature fires on commas. Give a token on which it fires."
+    assert len(plain) == 2 and len(prompts.token_messages(prompts.TOKEN_SHOTS[1])("commas")) == 6

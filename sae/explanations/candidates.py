@@ -1,0 +1,198 @@
+"""Explanations from several hands: one that counts, and an LLM that reads marked text or lines of numbers.
+
+Counting knows tokens and their neighbours. What it found is written as a sentence in the grammar that
+`simulation` reads: parts between semicolons, each a WHAT, or a WHAT after or before a neighbour. Tokens are
+as `prompts.typed` writes them, contexts and their activations are those of `evidence`.
+"""
+
+import random
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+
+from sae.explanations import prompts
+from sae.explanations.evidence import evenly
+from sae.explanations.prompts import typed
+from sae.explanations.scoring import correlation
+
+HANDS = ("text", "counted", "lines")  # in this order, as many as are asked for; then text and lines in turn
+LEAST_MASS, LEAST_GAIN, MOST_PARTS, MOST_TRIED = 0.01, 0.015, 6, 100
+EXCERPT_TOKENS, EXCERPTS, LINE_CONTEXTS = 32, 12, 5
+# Words of nearly every explanation.
+COMMON = {
+    "", "the", "a", "an", "and", "or", "of", "on", "in", "to", "that", "which", "is", "are", "such", "as",
+    "for", "with", "after", "before", "line", "word", "token", "keyword", "name", "feature", "fire",
+}  # fmt: skip
+CIRCLE = re.compile(r"(\w.{0,30}?)\1{4}")
+SPELT = {"\\n": "new lines", "\\t": "tabs", "space": "spaces"}
+
+
+class Candidate(NamedTuple):
+    interpretation: str
+    explained_by: str  # counted, text or lines
+
+
+class Part(NamedTuple):
+    """Tokens as `typed`: those of text `token` (None: any), where a side is given beside a neighbour."""
+
+    token: str | None
+    side: str | None = None  # after, before, or in a line after
+    neighbour: str | None = None
+
+    def holds(self, tokens):
+        """Of each of the typed tokens of a context whether it is such a one."""
+        beside = beside_each([token == self.neighbour for token in tokens], self.side, tokens)
+        return [there and self.token in (None, token) for there, token in zip(beside, tokens, strict=True)]
+
+
+def beside_each(values, side, tokens):
+    """For each token of a context the value of the token that stands at its `side`; true without a side.
+
+    "in a line after": the largest value of those that stand before it in its line.
+    """
+    if side == "after":
+        return [0, *values[:-1]]
+    if side == "before":
+        return [*values[1:], 0]
+    if side == "in a line after":
+        largest, found = 0, []
+        for value, token in zip(values, tokens, strict=True):
+            found.append(0 if token == "\\n" else largest)
+            largest = 0 if token == "\\n" else max(largest, value)
+        return found
+    return [1] * len(values)
+
+
+def _parts(contexts_tokens, values_CT):
+    """The Parts that hold at least LEAST_MASS of the activation."""
+    mass, total = Counter(), float(values_CT.sum())
+    for tokens, values in zip(contexts_tokens, values_CT.tolist(), strict=True):
+        line = set()
+        for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
+            if value > 0:
+                sides = [("after", tokens[i - 1])] if i else []
+                sides += [("before", tokens[i + 1])] if i + 1 < len(tokens) else []
+                some = [Part(who, *side) for side in sides for who in (token, None)]
+                some += [Part(None, "in a line after", earlier) for earlier in sorted(line)]
+                mass.update(dict.fromkeys([Part(token), *some], value))
+            line = set() if token == "\\n" else line | {token}
+    return [part for part, held in mass.most_common(MOST_TRIED) if held >= LEAST_MASS * total]
+
+
+def count(contexts):
+    """The few Parts that tell best where the feature fires in `contexts`, the one that says most first.
+
+    Each next one is that whose tokens, added to those before, raise the correlation with the activation
+    most; one with a neighbour has to raise it by half as much again as a token alone.
+    """
+    tokens = [[typed(text) for text in context.texts] for context in contexts]
+    values_CT = torch.stack([context.values_T for context in contexts])
+    found = _parts(tokens, values_CT)
+    holds = [torch.tensor([part.holds(row) for row in tokens], dtype=torch.float32) for part in found]
+    chosen, so_far_CT, score = [], torch.zeros_like(values_CT), 0.0
+    while len(chosen) < MOST_PARTS:
+        scores = [correlation(torch.maximum(so_far_CT, one_CT), values_CT) or 0.0 for one_CT in holds]
+        gains = [(new - score) / (1.5 if part.side else 1) for part, new in zip(found, scores, strict=True)]
+        best = max(range(len(found)), key=gains.__getitem__, default=None)
+        if best is None or gains[best] < LEAST_GAIN:
+            break
+        chosen.append(found[best])
+        so_far_CT, score = torch.maximum(so_far_CT, holds[best]), scores[best]
+    return chosen
+
+
+def counted(contexts):
+    """The explanation that counting gives, "" where it finds nothing.
+
+    "the word try", "the words return and raise; the tokens `(` and `[`", "self before `.`",
+    "the token after def", "new lines".
+    """
+    groups = {}
+    for part in count(contexts) if contexts else []:
+        groups.setdefault(part if part.side else _kind(part.token), []).append(_name(part.token))
+    return "; ".join(_said(group, names) for group, names in groups.items())
+
+
+def _kind(token):
+    return "new lines" if token in SPELT else "word" if token.isalnum() else "token"
+
+
+def _name(token):
+    """A token in a sentence: words as they are; all else, and words of the grammar, in backticks."""
+    if token is None:
+        return "the token"
+    plain = token.isalnum() and token not in ("after", "before", "in", "and")
+    return SPELT.get(token) or (token if plain else f"`{token}`")
+
+
+def _said(group, names):
+    if isinstance(group, Part):
+        return f"{names[0]} {group.side} {_name(group.neighbour)}"
+    *most, last = names
+    listed = f"{', '.join(most)} and {last}" if most else last
+    return listed if group == "new lines" else f"the {group}{'s' if most else ''} {listed}"
+
+
+def meaning(explanation):
+    """The words and tokens of an explanation that say something, in lower case, in the singular."""
+    found = re.findall(r"`([^`]+)`|(\w+|[^\w\s`'\",.;:])", explanation.lower())
+    return {code or word.removesuffix("s") for code, word in found} - COMMON
+
+
+def cleaned(explanation, tokens):
+    """An LLM's sentence without the repetitions in a list; "" where it turns in circles or copies an example.
+
+    It copies one when it says all that the example's explanation says, and none of that is among the `tokens`
+    (typed) on which the feature fires.
+    """
+    items = re.split(r"(?:,| and) ", explanation)
+    if len(set(items)) < len(items):
+        explanation = ", ".join(dict.fromkeys(items)).rstrip("`\"', ")
+    if CIRCLE.search(explanation):
+        return ""
+    own = {token.lower().removesuffix("s") for token in tokens}
+    shots = [meaning(shot[0]) for shot in (*prompts.SHOTS, *prompts.EXCERPT_SHOTS)]
+    said = meaning(explanation)
+    return "" if any(shot <= said and not shot & own for shot in shots) else explanation.strip()
+
+
+def questions(feature, count, seed):
+    """What the LLM is asked of a feature for `count` explanations: [(hand, question)].
+
+    Each hand first sees contexts spread evenly over those shown, strongest first; later a random half.
+    """
+    hands = [*HANDS[:count], *(("text", "lines")[i % 2] for i in range(count - len(HANDS)))]
+    rng, asked = random.Random(f"{seed} {feature.dim}"), []
+    for number, hand in enumerate(hands):
+        shown = feature.shown
+        if number >= len(HANDS):
+            shown = sorted(rng.sample(shown, (len(shown) + 1) // 2), key=shown.index)
+        if shown and hand != "counted":
+            asked.append((hand, (excerpts if hand == "text" else numbers)(shown, feature.max_activation)))
+    return asked
+
+
+def excerpts(contexts, _maximum):
+    """The question of the hand that reads text: marked excerpts, and how often the tokens fired."""
+    pieces = [context.around_peak(EXCERPT_TOKENS) for context in evenly(contexts, EXCERPTS)]
+    fired, seen, mass = Counter(), Counter(), Counter()
+    for context in contexts:
+        for token, value in zip(map(typed, context.texts), context.values_T.tolist(), strict=True):
+            seen[token] += 1
+            fired[token] += value > 0
+            mass[token] += value
+    counts = ", ".join(f"{token} {fired[token]} of {seen[token]}" for token, _ in mass.most_common(6))
+    return prompts.excerpt_question(
+        [prompts.excerpt(piece.texts, (piece.values_T > 0).tolist()) for piece in pieces], counts
+    )
+
+
+def numbers(contexts, maximum):
+    """The question of the hand that reads token<tab>activation lines."""
+    pieces = [context.around_peak(EXCERPT_TOKENS) for context in evenly(contexts, LINE_CONTEXTS)]
+    top = prompts.EXPLAIN_TOP
+    return prompts.explain_question(
+        [(piece.visible(), prompts.scaled(piece.values_T.tolist(), maximum, top)) for piece in pieces]
+    )

@@ -1,0 +1,160 @@
+"""An explaining run: what has to be there before any weights are read, the loop, the bar, the last line."""
+
+import statistics
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from sae import processes
+from sae.explanations import elastic, journal
+from sae.explanations.candidates import HANDS
+from sae.explanations.evidence import Plan, open_material
+from sae.explanations.explain import Explainer, Settings
+from sae.explanations.interpreter import Interpreter, check_interpreter
+from sae.explanations.simulation import Simulator
+
+
+class Work(NamedTuple):
+    """What a run has to do; the last four are the first process's alone."""
+
+    plan: Plan
+    path: Path  # of the journal
+    origin: dict  # the fields that all documents share
+    documents: dict  # of the journal, by feature
+    client: object = None
+    index: str = ""
+    lacking: tuple = ()  # documents that the server has not
+
+    def new(self, results):
+        """The documents of `results` that the journal does not hold."""
+        return [self.origin | result for result in results if result["dim"] not in self.documents]
+
+
+def prepare(here, **flags):
+    """The Work of the script's `flags`; in the first process after all that can be refused was looked at."""
+    from sae import models
+
+    path = Path(flags["interpretation_samples_path"]).with_suffix(".explanations.jsonl")
+    settings = Settings(**{name: flags[name] for name in Settings._fields})
+    material = open_material(
+        flags["interpretation_samples_path"], flags["dataset_path"], flags["autoencoder_path"]
+    )
+    plan = Plan(material, settings, flags["features"] or (), flags["max_features"])
+    dtype = str(models.pick_dtype(flags["dtype"], here.device)).removeprefix("torch.")
+    name, simulator = flags["interpretation_model_name"], flags["simulation_model_name"]
+    words = settings.words(dtype=dtype, **{"simulation_model": simulator} if simulator else {})
+    origin = material.origin(name, settings.simulation, words)
+    if here.rank:
+        return Work(plan, path, origin, {})
+    trust = flags["trust_remote_code"]
+    for reader in filter(None, (name, simulator)):
+        skeleton = models.skeleton(reader, flags["dtype"], trust)
+        check_interpreter(skeleton, models.load_tokenizer(reader, trust))
+    if flags["dry_run"]:
+        return Work(plan, path, origin, {})
+    documents, torn = journal.read_journal(path)
+    journal.check_journal(documents, origin, path)
+    client = elastic.connect(flags["server_address"], flags["api_key"], flags["ssl_cert"], flags["insecure"])
+    index = flags["index"] or elastic.index_name(material.samples.config)
+    elastic.ensure_index(client, index, origin)
+    lacking = elastic.missing(client, index, documents.values())
+    dropped = ", a torn last line dropped" if torn else ""
+    print(f"{path}: {len(documents)} features done{dropped}; {index} lacks {len(lacking)}", flush=True)
+    return Work(plan, path, origin, documents, client, index, lacking)
+
+
+def load(here, plan, bar, **flags):
+    """The Explainer of the Plan, its LLMs read; in each process its share of them."""
+    from sae import models
+
+    def read(name):
+        trust = flags["trust_remote_code"]
+        model = processes.load_model(here, name, flags["dtype"], flags["parallel"], trust)
+        return Interpreter(model, models.load_tokenizer(name, trust))
+
+    interpreter = read(flags["interpretation_model_name"])
+    reader = read(flags["simulation_model_name"]) if flags["simulation_model_name"] else interpreter
+    simulator = Simulator(reader, flags["simulation"], progress=lambda count: bar.step("read", count))
+    return Explainer(plan, interpreter, simulator, bar.step)
+
+
+def explained(plan, pending, here, parallel, explainer):
+    """Explain the groups `pending` (numbers) of a Plan: for each round the documents' new part, in order.
+
+    A round is one group, or with `parallel` "data" one for each process. All processes have to iterate.
+    """
+    share, shares = (here.rank, here.count) if parallel == "data" else (0, 1)
+    for first in range(0, len(pending), shares):
+        results = []
+        for number in pending[first : first + shares][share : share + 1]:
+            results = explainer.group(plan.groups[number])
+        everyones = here.everyone(results if here.rank < shares else [])
+        yield [result for part in everyones for result in part]
+
+
+SHARES = {"written": 0.5, "explained": 0.2, "scored": 0.3}  # of the work on a feature, roughly
+
+
+class Bar(tqdm):
+    """Features done; it moves with every explanation that is written and every score."""
+
+    def __init__(self, plan, pending, shown):
+        times = "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} features " + times
+        done = plan.count - sum(len(plan.groups[number]) for number in pending)
+        self._reached, self._since, settings = done, Counter(), plan.settings
+        written = settings.num_explanations - (settings.num_explanations > 1)  # counting writes one of them
+        self._each = {"written": written, "explained": 1, "scored": 1}
+        self._most = settings.batch_size
+        super().__init__(total=plan.count, initial=done, unit="feature", bar_format=form, disable=not shown)
+
+    def step(self, what, count=1):
+        """`count` more of what a group of features takes: written, read, explained, scored."""
+        self._since[what] += count
+        done = sum(
+            share * min(self._since[name] / self._each[name], self._most) for name, share in SHARES.items()
+        )
+        self.set_postfix(self._since, refresh=False)
+        self.update(max(0, min(self._reached + done, self.total) - self.n))
+
+    def reach(self, count):
+        """`count` more features are done."""
+        self._reached += count
+        self._since.clear()
+        self.update(self._reached - self.n)
+
+
+def forecast(plan, explainer):
+    """One line: what all features of the samples would take, by what a first group takes."""
+    started, places = time.monotonic(), plan.groups[0]
+    explainer.group(places)
+    seconds, tokens = time.monotonic() - started, explainer.tokens_read()
+    each = f"{tokens / len(places):,.0f} tokens and {seconds / len(places):.1f} s each"
+    times = plan.count / len(places)
+    return (
+        f"{len(places)} features took {each}: {plan.count:,} would take {times * tokens / 1e6:,.1f} million "
+        f"tokens and {times * seconds / 3600:,.1f} hours"
+    )
+
+
+def summary(documents, new, seconds):
+    """One line: features, median score and control, what beats its control by more than its interval, hands.
+
+    `new` of the documents were made in this run's `seconds`.
+    """
+    documents = list(documents)
+    scores = [doc["score"] for doc in documents if doc["score"] is not None]
+    both = [doc for doc in documents if None not in (doc["score"], doc["control"])]
+    figures = f"median score {statistics.median(scores):.2f}" if scores else "no score is defined"
+    if both:
+        control = statistics.median(doc["control"] for doc in both)
+        clear = [doc for doc in both if doc["interval"] and doc["interval"][0] > doc["control"]]
+        figures += f", median control {control:.2f}"
+        figures += f", {len(clear) / len(both):.0%} beat their control by more than their interval"
+    wins = {hand: sum(doc.get("explained_by") == hand for doc in documents) for hand in HANDS}
+    figures += "; explained by " + ", ".join(f"{hand} {count}" for hand, count in wins.items() if count)
+    rate = f"{new} in {seconds:.0f} s, {60 * new / max(seconds, 1e-9):.1f} features/minute"
+    return f"{len(documents)} features explained: {figures}; {rate}"

@@ -1,0 +1,74 @@
+"""What an explaining run says: its bar, its forecast, its last line."""
+
+import pytest
+
+from sae.explanations.explain import Settings
+from sae.explanations.run import Bar, explained, forecast, summary
+
+
+def document(score, control, interval=(0.2, 0.6), hand="counted"):
+    return {"score": score, "control": control, "interval": interval, "explained_by": hand}
+
+
+def test_the_last_line_counts_what_clearly_beats_its_control_and_who_explained():
+    documents = [
+        document(0.5, 0.1), document(0.1, 0.2), document(None, None, None, None),
+        document(0.3, 0.25, hand="text"), document(0.4, None),
+    ]  # fmt: skip
+    said = summary(documents, 2, 60.0)
+    assert said.startswith("5 features explained: median score 0.35, median control 0.20, 33% beat")
+    assert "explained by text 1, counted 3; 2 in 60 s, 2.0 features/minute" in said
+    assert "no score is defined" in summary(documents[2:3], 1, 1.0)
+
+
+class Plan:
+    def __init__(self, *groups, **chosen):
+        self.groups, self.settings = groups, Settings()._replace(**chosen)
+        self.count = sum(map(len, groups))
+
+
+class Explainer:
+    def group(self, places):
+        return [{"dim": place} for place in places]
+
+    def tokens_read(self):
+        return 1_000
+
+
+def test_the_bar_moves_within_a_group_and_never_back_or_beyond():
+    plan, shown = Plan([0, 1], [2, 3], batch_size=2), []
+    with Bar(plan, [1], shown=False) as bar:
+        bar.update = lambda step: (shown.append(step), setattr(bar, "n", bar.n + step))
+        assert bar.n == 2  # the first group is done
+        for _ in range(4):
+            bar.step("written")
+        assert bar.n == pytest.approx(3.0)  # half of the work on each of two
+        bar.step("explained", 2)
+        bar.step("scored", 2)
+        assert bar.n == pytest.approx(4.0)
+        bar.step("scored", 9)
+        assert bar.n == 4 and min(shown) >= 0
+        bar.reach(2)
+        assert bar.n == 4
+
+
+def test_the_forecast_reckons_all_features_by_the_first_group():
+    said = forecast(Plan([0, 1], [2, 3], [4, 5], [6, 7]), Explainer())
+    assert said.startswith("2 features took 500 tokens and 0.0 s each: 8 would take 0.0 million tokens")
+
+
+class Here:
+    def __init__(self, rank, count):
+        self.rank, self.count = rank, count
+
+    def everyone(self, results):
+        return [results]
+
+
+def test_groups_are_shared_out_in_turn_or_done_by_all():
+    plan = Plan([0, 1], [2, 3], [4, 5])
+    dims = lambda rounds: [[document["dim"] for document in one] for one in rounds]  # noqa: E731
+    assert dims(explained(plan, [0, 2], Here(0, 1), "data", Explainer())) == [[0, 1], [4, 5]]
+    assert dims(explained(plan, [0, 1, 2], Here(1, 2), "data", Explainer())) == [[2, 3], []]
+    assert dims(explained(plan, [0, 1], Here(0, 2), "tensor", Explainer())) == [[0, 1], [2, 3]]
+    assert dims(explained(plan, [0, 1], Here(1, 2), "tensor", Explainer())) == [[], []]
