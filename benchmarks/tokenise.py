@@ -32,7 +32,7 @@ def read_corpus(folder):
     """The texts of all files that are UTF-8 without NUL."""
     from sae.tokens import sources
 
-    files = sources.open_source(sources.SourceArguments(str(folder), None, None, "train", None, 0), None)
+    files = sources.open_source(str(folder))
     return [text for path in files.paths for text in files.read(path) if isinstance(text, str)]
 
 

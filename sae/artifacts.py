@@ -1,5 +1,6 @@
 """Artifacts on disk: atomic writes, fingerprints, and torch files that are never unpickled."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,14 @@ def sync_folder(folder):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(handle, refusal):
+    """Hold an open file for this process alone; the system lets go of it however the process ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(refusal) from None
 
 
 def fingerprint(path):

@@ -1,12 +1,11 @@
 """The journal of explanations: one JSON document a line, on disk before anything else happens with it."""
 
-import fcntl
 import json
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from sae import InputError
-from sae.artifacts import sync_folder
+from sae import InputError, artifacts
 
 # What all documents of a journal, and of an index, have in common; and what one that differs in it holds.
 ORIGIN = {
@@ -25,24 +24,25 @@ def read_journal(path, mend=True):
     only, while no `Journal` of the file is open. A bad line before it raises InputError.
     """
     documents, whole = {}, 0
-    if not Path(path).exists():
-        return documents, False
-    content = Path(path).read_bytes()
-    lines = content.splitlines(keepends=True)
+    lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
-        document = _parse(line)
-        if document is None and number < len(lines):
-            raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
-        if document is not None:
+        try:
+            document = json.loads(line)
+            is_one = line.endswith(b"\n") and isinstance(document["dim"], int)
+        except (ValueError, TypeError, KeyError):
+            is_one = False
+        if is_one:
             documents[document["dim"]] = document
             whole += len(line)
-    if whole == len(content) or not mend:
-        return documents, whole < len(content)
-    with open(path, "r+b") as handle:
-        _lock(handle, path)  # what looks torn may be a line that a run is just writing
-        handle.truncate(whole)
-        os.fsync(handle.fileno())
-    return documents, True
+        elif number < len(lines):
+            raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
+    torn = whole < sum(map(len, lines))
+    if torn and mend:
+        with open(path, "r+b") as handle:
+            _lock(handle, path)  # what looks torn may be a line that a run is just writing
+            handle.truncate(whole)
+            os.fsync(handle.fileno())
+    return documents, torn
 
 
 def check_journal(documents, origin, path):
@@ -59,23 +59,11 @@ def refuse_other(where, made_from, origin, what_to_do):
             raise InputError(f"{where} holds {what}, {came} instead of {needed}: {what_to_do}")
 
 
-def _parse(line):
-    """A whole line as a document; None when it is torn or something else."""
-    try:
-        document = json.loads(line) if line.endswith(b"\n") else None
-    except ValueError:
-        return None
-    return document if isinstance(document, dict) and isinstance(document.get("dim"), int) else None
-
-
 def _lock(handle, path):
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"a journal of its own needed, another run is writing {path}") from None
+    artifacts.lock(handle, f"a journal of its own needed, another run is writing {path}")
 
 
-class Journal:
+class Journal(AbstractContextManager):
     """Appends documents to the file at `path`; when `append` returns, the line survives a power cut.
 
     with Journal(path) as journal:
@@ -85,10 +73,7 @@ class Journal:
     def __init__(self, path):
         self._handle = open(path, "ab")  # noqa: SIM115, closed in __exit__
         _lock(self._handle, path)
-        sync_folder(Path(path).parent)
-
-    def __enter__(self):
-        return self
+        artifacts.sync_folder(Path(path).parent)
 
     def append(self, document):
         # allow_nan: NaN is no JSON, the server would refuse what the journal holds.

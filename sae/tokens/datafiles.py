@@ -105,9 +105,9 @@ def _parquet_rows(stream, columns):
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(stream)
-    names = _readable(file.schema_arrow, columns)
-    for batch in file.iter_batches(ROWS_AT_ONCE, columns=names):
-        yield from _dicts(batch, None if columns else file.schema_arrow)
+    return _table_rows(
+        file.schema_arrow, columns, lambda names: file.iter_batches(ROWS_AT_ONCE, columns=names)
+    )
 
 
 def _arrow_rows(stream, columns):
@@ -116,31 +116,30 @@ def _arrow_rows(stream, columns):
     is_file = stream.read(6) == b"ARROW1"
     stream.seek(0)
     reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
-    names = _readable(reader.schema, columns)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-    for batch in batches:
-        for start in range(0, len(batch), ROWS_AT_ONCE):
-            yield from _dicts(
-                batch.slice(start, ROWS_AT_ONCE).select(names), None if columns else reader.schema
-            )
+
+    def pieces(names):
+        for batch in batches:
+            for start in range(0, len(batch), ROWS_AT_ONCE):
+                yield batch.slice(start, ROWS_AT_ONCE).select(names)
+
+    return _table_rows(reader.schema, columns, pieces)
 
 
-def _readable(schema, columns):
-    """Of `columns` those there are; where they are not known, all that can hold text (no images)."""
+def _table_rows(schema, columns, batches):
+    """The rows of `batches(names)`, with those of `columns` that there are.
+
+    Where these are not known, all that can hold text are read; the others (images) hold bytes, no text.
+    """
     import pyarrow as pa
 
     heavy = (pa.types.is_struct, pa.types.is_binary, pa.types.is_large_binary)
-    return [
-        field.name
-        for field in schema
-        if (field.name in columns if columns else not any(test(field.type) for test in heavy))
-    ]
-
-
-def _dicts(batch, schema):
-    """Rows; given the file's schema, a column that was not read holds bytes, which are no text."""
-    rows = batch.to_pylist() if batch.num_columns else [{}] * len(batch)
-    return [dict.fromkeys(schema.names, b"") | row for row in rows] if schema else rows
+    light = [field.name for field in schema if not any(test(field.type) for test in heavy)]
+    names = [name for name in schema.names if name in columns] if columns else light
+    unread = {} if columns else dict.fromkeys(schema.names, b"")
+    for batch in batches(names):
+        for row in batch.to_pylist() if names else [{}] * len(batch):
+            yield unread | row
 
 
 def _json_rows(stream, _columns):

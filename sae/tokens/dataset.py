@@ -7,6 +7,7 @@ from pathlib import Path
 from sae import InputError, __version__, artifacts
 
 INFO_FILE = "tokenized_dataset.json"
+INFO_TYPES = {"tokenizer_name": str, "vocab_size": int, "min_tokens": int, "rows": int, "fingerprint": str}
 TOKENIZER = "tokenizer"  # folder beside the files: the tokenizer's own copy
 
 
@@ -17,24 +18,18 @@ def open_dataset(path):
     """
     import datasets
 
-    path = Path(path)
+    path, needed = Path(path), f"a tokenised dataset needed at {path}"
     if not (path / INFO_FILE).is_file():
-        came = f"no {INFO_FILE} in it" if path.exists() else "no such folder"
-        raise InputError(f"a tokenised dataset needed at {path}, {came}")
+        raise InputError(f"{needed}, {f'no {INFO_FILE} in it' if path.exists() else 'no such folder'}")
     try:
         info = json.loads((path / INFO_FILE).read_text())
         dataset = datasets.load_from_disk(str(path))
-        missing = {"input_ids", "document"} - set(dataset.column_names)
+        lacking = [key for key, kind in INFO_TYPES.items() if not isinstance(info.get(key), kind)]
+        lacking += sorted({"input_ids", "document"} - set(dataset.column_names))
     except (OSError, ValueError, AttributeError) as err:
-        raise InputError(f"a tokenised dataset needed at {path}, it does not open: {err}") from err
-    if missing or len(dataset) == 0:
-        came = f"it lacks the columns {sorted(missing)}" if missing else "it holds no context"
-        raise InputError(f"a tokenised dataset needed at {path}, {came}")
-    needed = {"tokenizer_name": str, "vocab_size": int, "min_tokens": int, "rows": int, "fingerprint": str}
-    info = info if isinstance(info, dict) else {}
-    wrong = [key for key, kind in needed.items() if not isinstance(info.get(key), kind)]
-    if wrong:
-        raise InputError(f"a tokenised dataset needed at {path}, its {INFO_FILE} lacks {', '.join(wrong)}")
+        raise InputError(f"{needed}, it does not open: {err}") from err
+    if lacking or len(dataset) == 0:
+        raise InputError(f"{needed}, it lacks {', '.join(lacking) or 'contexts'}")
     length = getattr(dataset.features["input_ids"], "length", None)
     if (info["rows"], info["min_tokens"]) != (len(dataset), length):
         raise InputError(
@@ -133,9 +128,7 @@ def write_info(folder, plan, files, counts):
         **{key: plan[key] for key in ("num_files", "num_samples_per_file", "num_processes")},
         "rows": plan["num_files"] * plan["num_samples_per_file"],
         **counts,
-        "fingerprint": hashlib.sha256(
-            "".join(fingerprint for fingerprint, _largest in files).encode()
-        ).hexdigest()[:16],
+        "fingerprint": hashlib.sha256("".join(each for each, _largest in files).encode()).hexdigest()[:16],
         "suite_version": __version__,
     }
     ids = {"feature": {"dtype": "int32", "_type": "Value"}, "length": plan["min_tokens"], "_type": "List"}

@@ -17,9 +17,9 @@ from sae import InputError
 from sae.tokens import datafiles
 from sae.tokens.datafiles import READERS, Skipped, kind
 
+DATA = READERS.keys() - {"txt"}
 # Beside data files of these kinds lie no source files; json, csv and tsv are found among source files, too.
-ONLY_DATA = {"parquet", "arrow", "jsonl", "ndjson"}
-DATA = ONLY_DATA | {"json", "csv", "tsv"}
+ONLY_DATA = DATA - {"json", "csv", "tsv"}
 BESIDE_DATA = {"md", "cff", "bib", "yaml", "yml", "png", "jpg", "jpeg", "svg", "gif", "pdf"}
 ABOUT_DATA = {"readme", "license", "licence", "copying", "notice", "citation", "changelog", "contributing"}
 DESCRIPTIONS = {"state.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json"}
@@ -33,17 +33,6 @@ START = [0, 0, 0, 0]  # which file, its documents read, all read, all given to t
 PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
 
 
-class SourceArguments(NamedTuple):
-    """What the user asked for. `seed` orders the files (shards); `text_field` None: to be found."""
-
-    dataset_name: str
-    data_dir: str | None
-    dataset_config: str | None
-    split: str
-    text_field: list | None
-    seed: int
-
-
 class Source(NamedTuple):
     """Files in which each row is a document: the text of one column, or of several joined.
 
@@ -54,9 +43,10 @@ class Source(NamedTuple):
     left_out: list  # links
     remote: bool = False
     columns: list | None = None
-    chat: object = None  # function: messages -> text or Skipped
+    tokenizer: str | None = None  # folder; its chat template makes a text of messages
 
     def read(self, path):
+        """The text of each document of a file, or Skipped."""
         for row in self.rows(path) if self.columns else datafiles.read_source_file(path):
             yield self.text(row) if isinstance(row, dict) else row
 
@@ -71,7 +61,7 @@ class Source(NamedTuple):
 
     def text(self, row):
         parts = [row[column] for column in self.columns if row.get(column) is not None]
-        parts = [self.chat(part) if isinstance(part, list) else part for part in parts]
+        parts = [_chat(part, self.tokenizer) if isinstance(part, list) else part for part in parts]
         if not parts or not all(isinstance(part, str) for part in parts):
             return next((part for part in parts if isinstance(part, Skipped)), Skipped("no text"))
         text = "".join(parts)
@@ -89,56 +79,60 @@ def refuse_missing(name):
         raise InputError(f"a dataset needed at --dataset_name {name}, no such file or folder")
 
 
-def open_source(arguments, chat):
-    """The documents that `arguments` name, InputError where there are none. `chat` renders messages."""
-    name = arguments.dataset_name
+def open_source(name, data_dir=None, dataset_config=None, split="train", text_field=None, tokenizer=None):
+    """The documents that the flags name, InputError where there are none. `tokenizer`: as in Source."""
     refuse_missing(name)
-    if not re.fullmatch(r"[\w.-]+", arguments.split):
-        raise InputError(f"--split needs the name of a split, without a slice, got {arguments.split!r}")
+    if not re.fullmatch(r"[\w.-]+", split):
+        raise InputError(f"--split needs the name of a split, without a slice, got {split!r}")
+    left_out, remote = [], not Path(name).exists()
     if "://" in name:
-        source = Source(_addresses(arguments), [], True)
-    elif not Path(name).exists():
-        source = Source(_hub_files(arguments), [], True)
+        if data_dir or dataset_config:
+            raise InputError(f"--data_dir and --dataset_config are not for addresses of files such as {name}")
+        paths = _addresses(name)
+    elif remote:
+        paths = _hub_files(name, data_dir, dataset_config, split)
+    elif dataset_config:
+        raise InputError(f"--dataset_config is for hub datasets, --data_dir names a folder within {name}")
     else:
-        source, is_data = _local_files(arguments)
+        paths, left_out, is_data = _local_files(Path(name), data_dir, split)
         if not is_data:
-            return source
-    unknown = {kind(path) or path for path in source.paths} - set(READERS)
+            return Source(paths, left_out)
+    source = Source(paths, left_out, remote, tokenizer=tokenizer)
+    unknown = {kind(path) or path for path in paths} - set(READERS)
     if unknown:
-        raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {sorted(unknown)[0]}")
-    rows = chain.from_iterable(map(source.rows, source.paths))
-    rows = [row for row in islice(rows, ROWS_LOOKED_AT) if not isinstance(row, Skipped)]
+        raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {min(unknown)}")
+
+    def read():
+        return chain.from_iterable(map(source.rows, paths))
+
+    rows = islice(_persistent(read, 0, PAUSES[:3]) if remote else read(), ROWS_LOOKED_AT)
+    rows = [row for row in rows if not isinstance(row, Skipped)]
     if not rows:
         raise InputError(f"documents needed in {name}, it holds none")
-    source = source._replace(columns=_text_columns(rows, arguments.text_field), chat=chat)
+    source = source._replace(columns=_text_columns(rows, text_field))
     source.text(rows[0])  # refuses messages where there is no template
     return source
 
 
-def chat_template(tokenizer_folder):
-    """A function: messages -> their text by a tokenizer's template, Skipped where that refuses them."""
+@cache
+def _chat_tokenizer(folder):
+    from sae.models import load_tokenizer
 
-    @cache
-    def tokenizer():
-        from sae.models import load_tokenizer
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.chat_template:
+        raise InputError("a column of messages needs a tokenizer with a chat template, this has none")
+    return tokenizer
 
-        loaded = load_tokenizer(str(tokenizer_folder))
-        if not loaded.chat_template:
-            raise InputError("a column of messages needs a tokenizer with a chat template, this has none")
-        return loaded
 
-    def render(messages):
-        apply = tokenizer().apply_chat_template
-        try:
-            if "from" in messages[0]:
-                messages = [
-                    {"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in messages
-                ]
-            return apply(messages, tokenize=False)
-        except Exception:  # a template is a program of its own, and the messages are anybody's
-            return Skipped("refused by the chat template")
-
-    return render
+def _chat(messages, tokenizer):
+    """The text of messages by a tokenizer's template, Skipped where that refuses them."""
+    render = _chat_tokenizer(tokenizer).apply_chat_template
+    try:
+        if "from" in messages[0]:
+            messages = [{"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
+        return render(messages, tokenize=False)
+    except Exception:  # a template is a program of its own, and the messages are anybody's
+        return Skipped("refused by the chat template")
 
 
 def _text_columns(rows, wanted):
@@ -169,50 +163,44 @@ def _text_columns(rows, wanted):
     return found[:1]
 
 
-def _local_files(arguments):
-    """(Source, whether its files are data files)."""
-    base = Path(arguments.dataset_name)
-    if arguments.dataset_config:
-        raise InputError(f"--dataset_config is for hub datasets, --data_dir names a folder within {base}")
+def _local_files(base, data_dir, split):
+    """(paths, links left out, whether the paths are data files)."""
     if (base / "snapshots").is_dir():  # as the hub's client keeps a dataset
-        ref = base / "refs" / "main"
-        base /= "snapshots"
+        ref, base = base / "refs" / "main", base / "snapshots"
         base /= ref.read_text().strip() if ref.is_file() else max(os.listdir(base))
-    path = base / (arguments.data_dir or "")
+    path = base / (data_dir or "")
     if not path.exists():
         raise InputError(f"a folder or file needed at {path} (--dataset_name with --data_dir), there is none")
-    files, left_out = ([path], []) if path.is_file() else _walk(path)
+    files, left_out = _walk(path)
     if not files:
         raise InputError(f"documents needed in {path}, it holds no file")
     reader = _data_reader(path, files)
     if reader:
         files = [f for f in files if READERS.get(kind(f)) is reader and f.name not in DESCRIPTIONS]
-        files = _of_split(path, _saved_files(files), arguments.split)
-    elif arguments.split != "train":
-        raise InputError(f"source files have no splits, --split {arguments.split} came")
-    return Source([str(file) for file in files], left_out), bool(reader)
+        files = _of_split(path, _saved_files(files), split)
+    elif split != "train":
+        raise InputError(f"source files have no splits, --split {split} came")
+    return [str(file) for file in files], left_out, bool(reader)
 
 
-def _walk(folder):
+def _walk(path):
     """(files, links left out): all that is not hidden, in order; what links lead to is read once."""
     seen, files, left_out = set(), [], []
 
-    def visit(path, real):
+    def visit(path):
+        real = os.path.realpath(path)
+        if real in seen or not os.path.exists(real):
+            left_out.append(path)
+            return
         seen.add(real)
         if os.path.isfile(real):
             files.append(Path(path))
-            return
-        for name in sorted(os.listdir(real)):
-            inner, at = f"{path}/{name}", f"{real}/{name}"
-            at = os.path.realpath(at) if os.path.islink(at) else at
-            if name.startswith(".") or name == "__pycache__":
-                continue
-            if at in seen or not os.path.exists(at):
-                left_out.append(inner)
-            elif os.path.isfile(at) or os.path.isdir(at):
-                visit(inner, at)
+        elif os.path.isdir(real):
+            for name in sorted(os.listdir(real)):
+                if not name.startswith(".") and name != "__pycache__":
+                    visit(f"{path}/{name}")
 
-    visit(str(folder), os.path.realpath(folder))
+    visit(str(path))
     return files, left_out
 
 
@@ -258,11 +246,8 @@ def _of_split(path, files, split):
     return by_split[wanted]
 
 
-def _addresses(arguments):
+def _addresses(name):
     """`shard-{00..15}.parquet` as its 16 addresses."""
-    name = arguments.dataset_name
-    if arguments.data_dir or arguments.dataset_config:
-        raise InputError(f"--data_dir and --dataset_config are not for addresses of files such as {name}")
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
         return [name]
@@ -271,23 +256,22 @@ def _addresses(arguments):
     return [name[: match.start()] + number + name[match.end() :] for number in numbers]
 
 
-def _hub_files(arguments):
+def _hub_files(name, data_dir, dataset_config, split):
     """The addresses (hf://...) of the files of a hub dataset's split."""
     import datasets
 
-    name = arguments.dataset_name
     try:
-        builder = datasets.load_dataset_builder(name, arguments.dataset_config, data_dir=arguments.data_dir)
+        builder = datasets.load_dataset_builder(name, dataset_config, data_dir=data_dir)
     except datasets.exceptions.DatasetNotFoundError as err:
         login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones"
         raise InputError(f"a dataset needed, got {name!r}: {err}{login}") from err
-    except (FileNotFoundError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as err:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as err:
         raise InputError(f"a dataset that opens needed, got {name!r}: {err}") from err
     splits = builder.config.data_files or {}
-    if arguments.split not in splits:
+    if split not in splits:
         there = ", ".join(splits) or "no files"
-        raise InputError(f"--split needs one of {name}, which has {there}, got {arguments.split!r}")
-    return [str(file) for file in splits[arguments.split]]
+        raise InputError(f"--split needs one of {name}, which has {there}, got {split!r}")
+    return [str(file) for file in splits[split]]
 
 
 def _refusal(address, err):
@@ -300,13 +284,6 @@ def _refusal(address, err):
     except (OSError, ValueError):
         pass
     return ConnectionError(err)
-
-
-def open_patiently(arguments, chat, pauses=PAUSES):
-    """`open_source`, tried again after a network error."""
-    if "://" not in arguments.dataset_name and Path(arguments.dataset_name).exists():
-        return open_source(arguments, chat)
-    return next(_persistent(lambda: iter([open_source(arguments, chat)]), 0, pauses))
 
 
 def _persistent(read, index, pauses=PAUSES):

@@ -5,7 +5,6 @@ in a hidden folder: `progress.json` (the plan, the finished files, where each wo
 `dataset/` with the finished files, which are moved to their place at the very end.
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -13,11 +12,10 @@ import shutil
 import signal
 import sys
 import time
-import traceback
-from collections import Counter, deque
-from contextlib import contextmanager, suppress
+from collections import Counter
+from contextlib import contextmanager
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from sae import InputError, artifacts
 from sae.tokens import dataset, sources
 
-CONTEXTS_AT_ONCE = 128  # that a worker hands over
+CONTEXTS_AT_ONCE = 128  # that a worker sends, and that are written in one batch
 
 
 class State(NamedTuple):
@@ -42,10 +40,12 @@ class State(NamedTuple):
 
 
 def find_contexts(tokenizer, documents, state, plan, process):
-    """Each context as (ids, document number, State after it); then, for ever, (None, None, the last State).
+    """Each context as (ids [T], document number, State after it); at the end (None, None, the last State).
 
     Document numbers are the reading order where process p reads the documents p, p + P, p + 2P ...
     """
+    import numpy as np
+
     bos = [plan["bos_token_id"]] if plan["add_bos"] else []
     for after, text in documents:
         if isinstance(text, sources.Skipped):
@@ -55,10 +55,10 @@ def find_contexts(tokenizer, documents, state, plan, process):
             windows = tokenizer.windows(text, plan["min_tokens"] - len(bos), plan["chunk_documents"])
             for ids in islice(windows, state.windows, None):
                 state = state._replace(windows=state.windows + 1)
-                yield bos + ids, number, state
+                yield np.array(bos + ids, dtype=np.int32), number, state
         long_enough = state.long_enough + (state.windows > 0)
         state = State(after, state.documents + 1, long_enough, 0, state.skipped)
-    yield from repeat((None, None, state._replace(ended=True)))
+    yield None, None, state._replace(ended=True)
 
 
 def count(states):
@@ -72,74 +72,45 @@ def count(states):
     }
 
 
-def _work(connection, folder, plan, process, state):
-    """A worker process: answers each number with as many contexts, or says what went wrong."""
+def _work(connection, opened, tokenizer_json, plan, process, state):
+    """A worker process: sends its contexts in lists, at the end of the last one what went wrong."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from sae.tokens.exact import ExactTokenizer
 
-    copy = folder / "dataset" / dataset.TOKENIZER
-    try:
-        readers = [
-            partial(sources.read_documents, source, plan["seed"], process, plan["num_processes"])
-            for source in open_sources(plan, copy)
-        ]
-        documents = sources.alternate(readers, state.position)
-        tokenizer = ExactTokenizer((copy / "tokenizer.json").read_text())
-        _answer(connection, find_contexts(tokenizer, documents, state, plan, process), plan["min_tokens"])
-    except (InputError, OSError) as err:
-        connection.send(str(err))
-    except BaseException:
-        traceback.print_exc()
-        raise
-
-
-def _answer(connection, contexts, length):
-    """Sends, for each number N received, ids [N, length], documents [N] and the State; fewer at the end."""
-    import numpy as np
-
-    ahead = deque()  # made while nobody asks
-    while True:
-        while len(ahead) < CONTEXTS_AT_ONCE and not connection.poll():
-            ahead.append(next(contexts))
-        try:
-            wanted = connection.recv()
-        except EOFError:  # the run has ended
-            sys.exit(0)
-        given = []
-        while len(given) < wanted:
-            ids, document, state = ahead.popleft() if ahead else next(contexts)
-            if ids is None:
-                break
-            given.append((ids, document))
-        ids_NT = np.array([ids for ids, _document in given], dtype=np.int32).reshape(-1, length)
-        connection.send((ids_NT, np.array([document for _ids, document in given], dtype=np.int64), state))
-
-
-def open_sources(plan, tokenizer_folder):
-    """The plan's sources: one for each --data_dir."""
-    keys = ("dataset_config", "split", "text_field", "seed")
-    chat = sources.chat_template(tokenizer_folder)
-    arguments = [
-        sources.SourceArguments(plan["dataset_name"], data_dir, *(plan[key] for key in keys))
-        for data_dir in plan["data_dir"] or [None]
+    readers = [
+        partial(sources.read_documents, source, plan["seed"], process, plan["num_processes"])
+        for source in opened
     ]
-    # The hub's client tries several times by itself.
-    pauses = sources.PAUSES[:3] if "://" in plan["dataset_name"] else ()
-    return [sources.open_patiently(each, chat, pauses) for each in arguments]
+    documents, made = sources.alternate(readers, state.position), []
+    try:
+        for context in find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process):
+            made.append(context)
+            if len(made) == CONTEXTS_AT_ONCE:
+                connection.send(made)
+                made = []
+    except BrokenPipeError:  # the run has ended
+        sys.exit(0)
+    except (InputError, OSError) as err:
+        made.append(str(err))
+    connection.send(made)
 
 
 def make_plan(flags, tokenizer_folder, bos_token_id):
-    """The flags with what they stand for: all that decides about the bytes. Opens the sources once."""
+    """A source for each --data_dir; and the flags with what they stand for, all that decides on the bytes."""
     from tokenizers import Tokenizer
 
     tokenizer_json = (Path(tokenizer_folder) / "tokenizer.json").read_text()
-    opened = open_sources(flags, tokenizer_folder)
+    named = {key: flags[key] for key in ("dataset_config", "split", "text_field")}
+    opened = [
+        sources.open_source(flags["dataset_name"], data_dir, **named, tokenizer=str(tokenizer_folder))
+        for data_dir in flags["data_dir"] or [None]
+    ]
     for link in [link for source in opened for link in source.left_out][:3]:
         print(f"a link is left out, it leads to nothing or to what is read anyway: {link}")
     columns = next((source.columns for source in opened if source.columns), None)
     if columns:
         print(f"the text is taken from the column {' + '.join(columns)}")
-    return flags | {
+    return opened, flags | {
         "text_field": columns,
         "bos_token_id": bos_token_id,
         "vocab_size": Tokenizer.from_str(tokenizer_json).get_vocab_size(),
@@ -186,17 +157,6 @@ def _refuse_other_flags(there, flags, what):
             )
 
 
-@contextmanager
-def lock(path):
-    """Holds `path` for this process alone; the system lets go of it however the process ends."""
-    with open(path, "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"one run at a time needed, another writes in {path.parent}") from None
-        yield
-
-
 def begin_or_go_on(folder, plan, tokenizer_folder):
     """What is finished in the folder, as `progress.json` has it; begun where there is nothing."""
     path = folder / "progress.json"
@@ -215,64 +175,70 @@ def begin_or_go_on(folder, plan, tokenizer_folder):
 
 
 @contextmanager
-def working(folder, plan, states):
-    """The worker processes, each with the connection to it; they end with the block, whatever they are at."""
+def working(opened, tokenizer_json, plan, states, watch):
+    """What each worker process makes (see `_listen`). They end with the block, whatever they are at."""
     context, crew = multiprocessing.get_context("spawn"), []
     # Workers inherit what is blocked: a signal to the whole group is for this process, which ends them.
     resource_tracker.ensure_running()  # it lets signals through when it starts, which would be with the first
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for process, state in enumerate(states):
-            here, there = context.Pipe()
-            worker = context.Process(target=_work, args=(there, folder, plan, process, state), daemon=True)
+            here, there = context.Pipe(duplex=False)
+            arguments = there, opened, tokenizer_json, plan, process, state
+            worker = context.Process(target=_work, args=arguments, daemon=True)
             worker.start()
             there.close()
-            crew.append((worker, here))
+            crew.append((process, worker, here))
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        yield crew
+        yield [_listen(*each, watch) for each in crew]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, heard)
-        for worker, _connection in crew:
+        for _process, worker, _connection in crew:
             worker.kill()
             worker.join()
 
 
-def deal(crew, states, wanted, watch):
+def _listen(process, worker, connection, watch):
+    """The contexts that a worker sends, as `find_contexts` gives them; `watch(0)` meanwhile."""
+    while True:
+        while not connection.poll(0.2):
+            watch(0)
+        try:
+            sent = connection.recv()
+        except (EOFError, ConnectionResetError):
+            worker.join()
+            status = worker.exitcode
+            how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
+            raise InputError(f"process {process} died ({how})") from None
+        for each in sent:
+            if isinstance(each, str):
+                raise InputError(f"process {process}: {each}")
+            yield each
+
+
+def deal(streams, states, wanted, watch):
     """Batches (ids [N, T], documents [N]) of `wanted` contexts in all, fewer where the documents end before.
 
     The workers give equal shares in turn; when one has no more documents, the others take over its share. So
     the order depends on documents and flags alone. `states` follow; `watch(new contexts)` is called often.
     """
+    import numpy as np
+
     while wanted and (at_work := [process for process, state in enumerate(states) if not state.ended]):
         share, more = divmod(min(wanted, CONTEXTS_AT_ONCE * len(at_work)), len(at_work))
-        asked = at_work if share else at_work[:more]
-        for turn, process in enumerate(asked):
-            with suppress(BrokenPipeError):  # it has died, as will be heard
-                crew[process][1].send(share + (turn < more))
-        for process in asked:
-            ids_NT, documents_N, states[process] = _hear(process, *crew[process], watch)
-            wanted -= len(ids_NT)
-            watch(len(ids_NT))
-            if len(ids_NT):
-                yield ids_NT, documents_N
+        for turn, process in enumerate(at_work if share else at_work[:more]):
+            given = []
+            while len(given) < share + (turn < more) and not states[process].ended:
+                *context, states[process] = next(streams[process])
+                given += [] if states[process].ended else [context]
+            wanted -= len(given)
+            watch(len(given))
+            if given:
+                ids, documents = zip(*given, strict=True)
+                yield np.stack(ids), np.array(documents)
 
 
-def _hear(process, worker, connection, watch):
-    while not connection.poll(0.2):
-        watch(0)
-    try:
-        answer = connection.recv()
-    except (EOFError, ConnectionResetError):
-        worker.join()
-        status = worker.exitcode
-        how = f"signal {signal.Signals(-status).name}" if status < 0 else f"status {status}"
-        raise InputError(f"process {process} died ({how})") from None
-    if isinstance(answer, str):
-        raise InputError(f"process {process}: {answer}")
-    return answer
-
-
-def _write_files(folder, plan, progress, stopping):
+def _write_files(folder, opened, plan, progress, stopping):
     """Write the files that are missing, noting each in `progress` when it is finished."""
     rows_each, states = plan["num_samples_per_file"], [State(*state) for state in progress["states"]]
     there, start = len(progress["files"]) * rows_each, time.monotonic()
@@ -288,10 +254,11 @@ def _write_files(folder, plan, progress, stopping):
         if stopping():
             raise KeyboardInterrupt
 
-    with bar, working(folder, plan, states) as crew:
+    tokenizer_json = (folder / "dataset" / dataset.TOKENIZER / "tokenizer.json").read_text()
+    with bar, working(opened, tokenizer_json, plan, states, watch) as streams:
         for number in range(len(progress["files"]), plan["num_files"]):
             path = folder / "dataset" / dataset.file_name(plan, number)
-            batches = deal(crew, states, rows_each, watch)
+            batches = deal(streams, states, rows_each, watch)
             rows, *written = dataset.write_arrow(path, batches, plan["min_tokens"])
             progress["ended"] = rows < rows_each
             if progress["ended"]:
@@ -305,14 +272,15 @@ def _write_files(folder, plan, progress, stopping):
 
 def _too_few(plan, contexts, counts):
     fits = contexts // plan["num_files"]
-    advice = (
-        f"num_samples_per_file {fits}" if fits else "fewer files, --chunk_documents or a smaller --min_tokens"
+    less = (
+        f"num_samples_per_file {fits} would"
+        if fits
+        else "fewer files, --chunk_documents or a smaller --min_tokens may"
     )
     return (
         f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
         f"tokens needed, the documents ended after {contexts}, of {counts['documents']} documents "
-        f"({counts['documents_long_enough']} long enough{_skipped(counts)}); "
-        f"{advice} {'would' if fits else 'may'} fit"
+        f"({counts['documents_long_enough']} long enough{_skipped(counts)}); {less} fit"
     )
 
 
@@ -341,22 +309,21 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
     if read_finished(save_path, flags):
         shutil.rmtree(folder, ignore_errors=True)
         return f"{save_path} is complete already, made with the same flags", True
-    plan, start = make_plan(flags, tokenizer_folder, bos_token_id), time.monotonic()
+    (opened, plan), start = make_plan(flags, tokenizer_folder, bos_token_id), time.monotonic()
+    num_files, length = plan["num_files"], plan["min_tokens"]
     folder.mkdir(parents=True, exist_ok=True)
-    with lock(folder / "lock"):
+    with open(folder / "lock", "a") as handle:
+        artifacts.lock(handle, f"one run at a time needed, another writes in {folder}")
         progress = begin_or_go_on(folder, plan, tokenizer_folder)
         there = len(progress["files"])
         if there:
-            print(f"going on from {folder}: {there} of {plan['num_files']} files")
+            print(f"going on from {folder}: {there} of {num_files} files")
         try:
-            if there < plan["num_files"]:
-                _write_files(folder, plan, progress, stopping)
+            if there < num_files:
+                _write_files(folder, opened, plan, progress, stopping)
         except KeyboardInterrupt:
-            done = f"{len(progress['files'])} of {plan['num_files']} files"
-            return (
-                f"stopped; {done} are finished and kept in {folder}, the same command goes on from there",
-                False,
-            )
+            done = f"stopped; {len(progress['files'])} of {num_files} files are finished and kept in {folder}"
+            return f"{done}, the same command goes on from there", False
         except (InputError, OSError) as err:
             again = "" if progress["ended"] else ": the same command goes on from there"
             raise InputError(f"{err}. What is finished is kept in {folder}{again}") from err
@@ -364,11 +331,10 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
         dataset.write_info(folder / "dataset", plan, progress["files"], counts)
         _move(folder, place)
     seconds = time.monotonic() - start
-    new = (plan["num_files"] - there) * plan["num_samples_per_file"] * plan["min_tokens"]
-    rows = plan["num_files"] * plan["num_samples_per_file"]
+    rate = (num_files - there) * plan["num_samples_per_file"] * length / seconds
     said = (
-        f"wrote {rows} contexts of {plan['min_tokens']} tokens in {plan['num_files']} files to {save_path} "
-        f"in {seconds:.1f} s ({new / seconds:,.0f} tokens/s); "
+        f"wrote {num_files * plan['num_samples_per_file']} contexts of {length} tokens in {num_files} files "
+        f"to {save_path} in {seconds:.1f} s ({rate:,.0f} tokens/s); "
         f"{counts['documents']} documents, {counts['documents_long_enough']} long enough{_skipped(counts)}"
     )
     return said, True

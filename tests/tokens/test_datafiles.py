@@ -216,7 +216,7 @@ def shards(tmp_path_factory, texts):
 
 
 def _documents(address):
-    source = sources.open_patiently(sources.SourceArguments(address, None, None, "train", None, 0), None)
+    source = sources.open_source(address)
     return [text for _at, text in sources.read_documents(source, 0, 0, 1, sources.START)]
 
 

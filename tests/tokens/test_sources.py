@@ -15,9 +15,8 @@ from sae.tokens import sources
 from sae.tokens.datafiles import Skipped
 
 
-def open_source(name, chat=None, **arguments):
-    arguments = {"data_dir": None, "dataset_config": None, "split": "train", "text_field": None} | arguments
-    return sources.open_source(sources.SourceArguments(dataset_name=str(name), seed=0, **arguments), chat)
+def open_source(name, **arguments):
+    return sources.open_source(str(name), **arguments)
 
 
 def deal(source, processes, seed=0):
@@ -199,23 +198,26 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer_copy):
     ]
     parquet = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": ["1 a", "2 b"], "messages": chats}), parquet)
-    chat = sources.chat_template(tokenizer_copy)
     expected = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in chats]
     assert "<|im_start|>user\nhi<|im_end|>" in expected[0]
-    assert read(parquet, text_field=["messages"], chat=chat) == expected
-    assert read(parquet, text_field=["messages", "id"], chat=chat) == [
+    assert read(parquet, text_field=["messages"], tokenizer=tokenizer_copy) == expected
+    assert read(parquet, text_field=["messages", "id"], tokenizer=tokenizer_copy) == [
         expected[0] + "1 a",
         expected[1] + "2 b",
     ]
     shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x = 1"}]}
     lines = write_lines(tmp_path / "a.jsonl", shared, {"conversations": [1, 2]}, {"conversations": "plain"})
     refused = Skipped("refused by the chat template")
-    assert read(lines, text_field=["conversations"], chat=chat) == [expected[0], refused, "plain"]
+    assert read(lines, text_field=["conversations"], tokenizer=tokenizer_copy) == [
+        expected[0],
+        refused,
+        "plain",
+    ]
     plain = tmp_path / "plain"
     shutil.copytree(tokenizer_copy, plain)
     (plain / "chat_template.jinja").unlink()
     with pytest.raises(InputError, match="a tokenizer with a chat template"):
-        open_source(parquet, text_field=["messages"], chat=sources.chat_template(plain))
+        open_source(parquet, text_field=["messages"], tokenizer=plain)
 
 
 # layouts
@@ -371,7 +373,7 @@ def test_sources_that_cannot_be_used_are_refused(shards, tmp_path):
 
 
 def test_addresses_are_spread():
-    spread = lambda name: sources._addresses(sources.SourceArguments(name, None, None, "train", None, 0))  # noqa: E731
+    spread = sources._addresses
     assert spread("http://h/a-{08..10}.parquet") == [f"http://h/a-{n}.parquet" for n in ("08", "09", "10")]
     assert spread("http://h/a.jsonl.zst?download=true") == ["http://h/a.jsonl.zst?download=true"]
 
