@@ -33,6 +33,7 @@ MAPPING = {
     "interpretation_model": KEYWORD, "simulation": KEYWORD, "settings": KEYWORD, "time": DATE,
     "dataset_fingerprint": KEYWORD, "autoencoder_fingerprint": KEYWORD, "samples_fingerprint": KEYWORD,
 }  # fmt: skip
+DOCUMENT = {"properties": MAPPING}
 LONGEST_KEYWORD = 8191  # characters of at most 4 bytes; a server takes 32,766 bytes
 # What a search that names no field looks into: all fields would find `import` in most contexts.
 SEARCHED = ["tokens", "interpretation"]
@@ -159,9 +160,7 @@ def _reason(error):
     if isinstance(error, dict):
         error = next(iter(error.get("root_cause") or [error])).get("reason")
     if "flood-stage" in str(error):
-        return (
-            f"{error} (free space on the server's disk, or set index.blocks.read_only_allow_delete to null)"
-        )
+        return f"{error} (free the server's disk, or set index.blocks.read_only_allow_delete to null)"
     return f"{error} (a setting index.blocks.* of the index)" if "blocked by" in str(error) else str(error)
 
 
@@ -207,12 +206,15 @@ def _same_index(client, index, origin):
         client.indices.create(index=index, mappings=mapping, settings=settings)
         return
     meta = there.get("_meta", {})
-    ours = "autoencoder_fingerprint" in meta
-    types = {field: _type(kind) for field, kind in there.get("properties", {}).items()}
+    ours = "autoencoder_fingerprint" in meta  # what it lacks is added
+    types, needed = (
+        {field: kind.get("type", "object") for field, kind in fields.items()}
+        for fields in (there.get("properties", {}), MAPPING)
+    )
     other = [
-        f"{field} {types.get(field, 'missing')} instead of {_type(kind)}"
-        for field, kind in MAPPING.items()
-        if types.get(field, ours and _type(kind)) != _type(kind)
+        f"{field} {types.get(field, 'missing')} instead of {kind}"
+        for field, kind in needed.items()
+        if types.get(field, ours and kind) != kind
     ]
     if other:
         raise InputError(f"the index {index} has another mapping: {', '.join(other)}; --index names another")
@@ -220,12 +222,8 @@ def _same_index(client, index, origin):
         hits = client.search(index=index, size=1)["hits"]["hits"]
         meta = (hits[0]["_source"] if hits else owner) | meta
     refuse_other(f"the index {index}", meta, owner, "--index names another")
-    if meta != owner or not types.keys() >= MAPPING.keys():
+    if meta != owner or needed.keys() - types.keys():
         client.indices.put_mapping(index=index, properties=MAPPING, meta=owner)
-
-
-def _type(kind):
-    return kind.get("type", "object")
 
 
 def missing(client, index, documents):
@@ -239,16 +237,13 @@ def missing(client, index, documents):
     return lacking
 
 
-def as_sent(document, fields=MAPPING):
+def as_sent(value, kind=DOCUMENT):
     """What the server gets of a document: the fields of the mapping, keywords as long as it takes."""
-    return {name: _fitting(value, fields[name]) for name, value in document.items() if name in fields}
-
-
-def _fitting(value, kind):
     if isinstance(value, list):
-        return [_fitting(part, kind) for part in value]
-    if isinstance(value, dict) and "properties" in kind:
-        return as_sent(value, kind["properties"])
+        return [as_sent(part, kind) for part in value]
+    if isinstance(value, dict):
+        fields = kind["properties"]
+        return {name: as_sent(part, fields[name]) for name, part in value.items() if name in fields}
     too_long = kind == KEYWORD and isinstance(value, str) and len(value) > LONGEST_KEYWORD
     return f"{value[: LONGEST_KEYWORD - 1]}…" if too_long else value
 

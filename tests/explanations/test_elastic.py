@@ -651,7 +651,7 @@ def test_a_full_disk_is_told_with_what_lifts_it(proxy, client, index, short_paus
     writer = submit(there, index, [3])
     assert (writer.sent, writer.unsent) == (1, 0)  # it passed
     said = capfd.readouterr().err
-    for words in ("flood-stage watermark", "free space", "read_only_allow_delete"):
+    for words in ("flood-stage watermark", "free the server's disk", "read_only_allow_delete"):
         assert words in said
     assert "API key" not in said
 
