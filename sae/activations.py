@@ -5,8 +5,9 @@ Dims: B contexts, T tokens, N rows (tokens of many contexts), D the hookpoint's 
 
 import difflib
 import math
-import queue
 import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import torch
@@ -105,33 +106,9 @@ def activation_rows(model, module, batches, skip_positions=0):
 
 def prefetch(items, depth=2):
     """The same items in the same order, made up to `depth` ahead in a thread: two devices work at once."""
-    done, failure = object(), []
-    stop, waiting = threading.Event(), queue.Queue(depth)
-
-    def put(item):
-        while not stop.is_set():
-            try:
-                return waiting.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-
-    def fill():
-        try:
-            for item in items:
-                put(item)
-                if stop.is_set():
-                    return
-        except BaseException as err:  # handed to the reader, whose thread it must end
-            failure.append(err)
-        put(done)
-
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
-        while (item := waiting.get()) is not done:
+    iterator, end = iter(items), object()
+    with ThreadPoolExecutor(1) as thread:
+        waiting = deque(thread.submit(next, iterator, end) for _ in range(depth))
+        while (item := waiting.popleft().result()) is not end:
+            waiting.append(thread.submit(next, iterator, end))
             yield item
-        if failure:
-            raise failure[0]
-    finally:
-        stop.set()
-        thread.join()
