@@ -11,6 +11,7 @@ import torch
 
 from sae import InputError
 
+MODEL = "causal language model"
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of each file of weights, for the fingerprint
 GIT_LFS = b"version https://git-lfs"
 POSITION_TABLE = re.compile(
@@ -33,17 +34,12 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **opti
     """
     from transformers import AutoModelForCausalLM
 
-    options |= {
-        "dtype": pick_dtype(dtype, device),
-        "output_loading_info": True,
-        "ignore_mismatched_sizes": True,
-    }
+    options |= {"dtype": pick_dtype(dtype, device), "ignore_mismatched_sizes": True}
+    options["output_loading_info"] = True
     model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, **options)
     if info["mismatched_keys"]:
-        weight, there, needed = min(info["mismatched_keys"])
-        raise InputError(
-            f"{weight} of shape {list(needed)} needed by the config of {name}, got {list(there)}"
-        )
+        weight, there, shape = min(info["mismatched_keys"])
+        raise InputError(f"{weight} of shape {list(shape)} needed by the config of {name}, got {list(there)}")
     if missing := sorted(info["missing_keys"]):
         others = f"; it has {min(info['unexpected_keys'])} instead" if info["unexpected_keys"] else ""
         raise InputError(
@@ -58,10 +54,9 @@ def skeleton(name, dtype="auto", trust_remote_code=False):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = _load(AutoConfig, MODEL, name, trust_remote_code)
+    needed = f"a {MODEL} needed, {name} is a {config.model_type}"
     if getattr(config, "is_encoder_decoder", False):
-        raise InputError(
-            f"a {MODEL} needed, {name} is a {config.model_type}, with an encoder before its decoder"
-        )
+        raise InputError(f"{needed}, with an encoder before its decoder")
     # The usual implementations of attention and experts look at values, which a meta tensor has not.
     plain = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
     options = plain | {"dtype": pick_dtype(dtype, "cpu"), "trust_remote_code": trust_remote_code}
@@ -69,10 +64,7 @@ def skeleton(name, dtype="auto", trust_remote_code=False):
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, **options)
     except Exception as err:  # a config can be wrong in as many ways as there are architectures
-        raise InputError(f"a {MODEL} needed, {name} is a {config.model_type}: {_words(err)}") from err
-
-
-MODEL = "causal language model"
+        raise InputError(f"{needed}: {_words(err)}") from err
 
 
 def _load(auto_class, what, name, trust_remote_code, **options):
@@ -87,25 +79,24 @@ def _load(auto_class, what, name, trust_remote_code, **options):
     try:
         return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as err:  # transformers, tokenizers and safetensors raise a different type for each way
-        raise InputError(
-            f"{what} needed: {path} is no hub name, folder or .gguf that opens: {_why(path, err)}"
-        ) from err
+        raise _opens_not(what, path, err) from err
     finally:
         logging.set_verbosity(before)
 
 
-def _why(path, err):
-    """What is wrong with a model's folder, in words that say what helps, where that is known."""
+def _opens_not(what, path, err):
+    """The InputError for a model's folder, in words that say what helps, where that is known."""
+    why = _words(err)
+    if "trust_remote_code" in str(err):
+        why = "it comes with Python code of its own, which runs with --trust_remote_code alone"
+    elif "weights_only" in str(err):
+        why = "its weights are more than plain tensors, and nothing is ever unpickled: safetensors needed"
+    elif (path / "adapter_config.json").is_file():
+        why = f"it is an adapter, to be merged into its model first (PEFT): {why}"
     for file in path.glob("*") if path.is_dir() else [path]:
         if file.is_file() and file.open("rb").read(len(GIT_LFS)) == GIT_LFS:
-            return f"{file.name} is only the pointer of Git LFS, `git lfs pull` fetches the file"
-    if "trust_remote_code" in str(err):
-        return "it comes with Python code of its own, which runs with --trust_remote_code alone"
-    if "weights_only" in str(err):
-        return "its weights are more than plain tensors, and nothing is ever unpickled: safetensors needed"
-    if (path / "adapter_config.json").is_file():
-        return f"it is an adapter, to be merged into its model first (PEFT): {_words(err)}"
-    return _words(err)
+            why = f"{file.name} is only the pointer of Git LFS, `git lfs pull` fetches the file"
+    return InputError(f"{what} needed: {path} is no hub name, folder or .gguf that opens: {why}")
 
 
 def _words(err):
@@ -136,12 +127,9 @@ def model_fingerprint(name):
     try:
         if Path(name).suffix != ".gguf":
             config = json.loads(Path(cached_file(name, "config.json")).read_text())
-            named = {
-                key: value
-                for key, value in config.items()
-                if key not in ("_name_or_path", "transformers_version")
-            }
-            digest.update(json.dumps(named, sort_keys=True).encode())
+            for moving in ("_name_or_path", "transformers_version"):
+                config.pop(moving, None)
+            digest.update(json.dumps(config, sort_keys=True).encode())
         for file in weight_files(name):
             size = Path(file).stat().st_size
             digest.update(str(size).encode())
@@ -152,9 +140,7 @@ def model_fingerprint(name):
     except InputError:
         raise
     except Exception as err:  # as many ways as in `_load`
-        raise InputError(
-            f"{MODEL} needed: {name} is no hub name, folder or .gguf that opens: {_why(Path(name), err)}"
-        ) from err
+        raise _opens_not(MODEL, Path(name), err) from err
     return digest.hexdigest()[:16]
 
 
@@ -175,11 +161,14 @@ def pick_dtype(dtype, device):
 
 def check_vocabulary(model_config, info):
     """Refuse a dataset with token ids that the model has no embedding for."""
-    size = model_config.get_text_config().vocab_size
-    if info["vocab_size"] > size and info.get("max_token_id", info["vocab_size"] - 1) >= size:
+    size, largest = (
+        model_config.get_text_config().vocab_size,
+        info.get("max_token_id", info["vocab_size"] - 1),
+    )
+    if largest >= size:
         raise InputError(
             f"token ids below {size} needed by the model, the dataset (tokenizer {info['tokenizer_name']}) "
-            f"has ids up to {info.get('max_token_id', info['vocab_size'] - 1)}"
+            f"has ids up to {largest}"
         )
 
 
