@@ -79,7 +79,7 @@ def main(args, stopping):
     for contexts_b, f_bTF in look(torch.arange(len(rows_N)), "one pass"):
         survey.add(contexts_b, f_bTF)
     rate, choice = args.num_samples / (time.monotonic() - begun), None
-    for state in here.to_first(survey.state())[1:]:
+    for state in here.everyone(survey.state())[1:]:
         survey.merge(*state)
     frequency = survey.log10_frequency()
     with here.first_decides():

@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--insecure", action="store_true", help="do not verify the server's certificate")
     parser.add_argument("--query", help="query string; looks into tokens and interpretations")
     parser.add_argument(
-        "--rows", type=cli.whole_number(1, 10_000), default=50, help="at most so many features"
+        "--rows", type=cli.number(int, least=1, most=10_000), default=50, help="at most so many features"
     )
     args = parser.parse_args()
     with parser.friendly_errors():

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import operator
 import os
 import signal
 import sys
@@ -24,11 +25,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with the default in every help text, exact flag names, and errors of one line (status 2)."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=_Help,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -42,39 +39,28 @@ class Parser(argparse.ArgumentParser):
             self.error(err)
 
 
-def whole_number(least, most=None):
-    """argparse type: an integer of at least `least` (and at most `most`)."""
+def number(kind=float, **limits):
+    """argparse type: a finite number. limits: least <= number <= most, above < number < below."""
+    tests = {"least": operator.ge, "most": operator.le, "above": operator.gt, "below": operator.lt}
+    words = {"least": "at least", "most": "at most"}
+    said = "".join(f", {words.get(name, name)} {limit}" for name, limit in limits.items())
 
     def parse(text):
         try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"needs a whole number, got {text!r}") from None
-        if value < least or (most is not None and value > most):
-            needed = f"at least {least}" if most is None else f"{least} to {most}"
-            raise argparse.ArgumentTypeError(f"needs a whole number, {needed}, got {value}")
+            value = kind(text)
+            fits = math.isfinite(value) and all(tests[name](value, limits[name]) for name in limits)
+        except (ValueError, OverflowError):
+            fits = False
+        if not fits:
+            what = "whole" if kind is int else "finite"
+            raise argparse.ArgumentTypeError(f"needs a {what} number{said}, got {text!r}")
         return value
 
     return parse
 
 
-def number(least=-math.inf, above=-math.inf, below=math.inf):
-    """argparse type: a finite float with least <= value, above < value < below."""
-
-    def parse(text):
-        try:
-            value = float(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"needs a number, got {text!r}") from None
-        if not math.isfinite(value) or value < least or value <= above or value >= below:
-            limits = {"at least": least, "above": above, "below": below}
-            said = ", ".join(f"{word} {limit:g}" for word, limit in limits.items() if math.isfinite(limit))
-            raise argparse.ArgumentTypeError(
-                f"needs a finite number{', ' + said if said else ''}, got {text}"
-            )
-        return value
-
-    return parse
+def whole_number(least):
+    return number(int, least=least)
 
 
 def path(text):
@@ -90,7 +76,7 @@ def layer_first(words, layer_types):
     return words
 
 
-SEED = whole_number(0, 2**63 - 1)  # what torch takes
+SEED = number(int, least=0, most=2**63 - 1)  # what torch takes
 
 
 def until(stopping, items):
@@ -106,32 +92,18 @@ def check_device(flag, name):
     import torch
 
     there = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is not None and device.type == "cuda" and device.index is None:
-        device = torch.device("cuda:0")
-    if device is None or str(device) not in there:
+    found = "cuda:0" if name == "cuda" else name
+    if found not in there:
         raise InputError(f"{flag} needs a device of this machine ({', '.join(there)}), got {name!r}")
-    return device
+    return torch.device(found)
 
 
-def default_devices():
-    """The devices for the LLM and for the autoencoder: cuda:0 and cuda:1, one GPU for both, or the cpu."""
+def device_pair(llm, autoencoder, flags=("--device_llm", "--device_autoencoder")):
+    """The torch.devices of two flags; None: cuda:0 and cuda:1, one GPU for both, or the cpu."""
     import torch
 
-    gpus = torch.cuda.device_count()
-    return ("cpu", "cpu") if gpus == 0 else ("cuda:0", "cuda:1" if gpus > 1 else "cuda:0")
-
-
-def device_pair(llm, autoencoder):
-    """The torch.devices of --device_llm and --device_autoencoder, None: the default."""
-    defaults = default_devices()
-    return tuple(
-        check_device(f"--device_{part}", name or default)
-        for part, name, default in zip(("llm", "autoencoder"), (llm, autoencoder), defaults, strict=True)
-    )
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    return check_device(flags[0], llm or gpus[0]), check_device(flags[1], autoencoder or gpus[:2][-1])
 
 
 @contextmanager

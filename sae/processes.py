@@ -35,21 +35,8 @@ class Processes(NamedTuple):
         return values
 
     def from_first(self, value):
-        """The (picklable) value of the first process."""
-        values = [value]
-        if self.count > 1:
-            with _together() as dist:
-                dist.broadcast_object_list(values, src=0)
-        return values[0]
-
-    def to_first(self, value):
-        """The (picklable) values of all processes, in rank order, at the first; [] at the others."""
-        if self.count == 1:
-            return [value]
-        values = [None] * self.count if self.rank == 0 else None
-        with _together() as dist:
-            dist.gather_object(value, values, dst=0)
-        return values or []
+        """The first process's (small, picklable) value."""
+        return self.everyone(value if self.rank == 0 else None)[0]
 
     def add_up(self, tensor):
         """In place, at the first process: the sum of all processes' tensors, which are on the CPU."""
@@ -65,10 +52,10 @@ class Processes(NamedTuple):
             yield
         except (InputError, OSError) as err:
             trouble = err
-        said = self.everyone(None if trouble is None else str(trouble))[0]
-        if trouble is not None:
+        said = self.from_first(trouble and str(trouble))
+        if trouble:
             raise trouble
-        if said is not None:
+        if said:
             _wait_for_the_end()
             sys.exit(2)
 

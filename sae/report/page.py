@@ -17,11 +17,8 @@ import numpy as np
 from sae import InputError
 
 TOP, SPREAD, RANDOM = 0, 1, 2  # as in sae.samples, which would import torch
-SHOWN, SCORED, SIMULATED = (
-    1,
-    2,
-    3,
-)  # what a context served for; SIMULATED: scored, and its simulation is known
+SHOWN, SCORED, SIMULATED = 1, 2, 3  # what a context served for; SIMULATED: scored, the simulation is known
+NEAR = 6  # features beside each
 MOST_BYTES = 29_000_000
 # Of a document: what the page has from elsewhere, or has no use for.
 LEFT_OUT = {
@@ -36,7 +33,7 @@ class Run(NamedTuple):
 
     samples: object  # sae.samples.Samples
     journal: dict  # {feature: its document}
-    near: list | None  # as from `nearest`
+    near: list | None  # of each feature the closest rows of W_dec: [(feature, cosine)]
     metrics: dict
     context_FK: np.ndarray  # index into tokens_CT, -1 for none
     tokens_CT: np.ndarray  # index into `texts`
@@ -54,21 +51,6 @@ def top_tokens(ids_KT, acts_KT, count=10):
     return [(int(tokens[i]), round(strength[i] / total, 4), int(fired[i]), int(seen[i])) for i in best]
 
 
-def nearest(W_dec, features, count=6):
-    """For each of `features` the closest rows of W_dec [dict, act] but its own: [(feature, cosine)]."""
-    import torch
-
-    unit = torch.nn.functional.normalize(W_dec, dim=1)
-    found = []
-    for some in features.split(512):
-        cosine = unit[some] @ unit.T
-        cosine[torch.arange(len(some)), some] = -2.0
-        values, others = cosine.topk(min(count, len(unit) - 1))
-        for row in zip(others.tolist(), values.tolist(), strict=True):
-            found.append([(other, round(value, 3)) for other, value in zip(*row, strict=True)])
-    return found
-
-
 def columns_shown(kind_K, most):
     """Which of the K columns to show: up to `most` of each kind, of the spread ones at even steps."""
     shown = []
@@ -81,10 +63,7 @@ def columns_shown(kind_K, most):
 
 def tokens_read(texts, text, skip):
     """Which of the tokens `texts` an interpreter read that was given `text`: (first, end)."""
-    at, ends = (
-        "".join(texts).find(text, sum(map(len, texts[:skip]))),
-        np.cumsum([len(text) for text in texts]),
-    )
+    at, ends = "".join(texts).find(text, sum(map(len, texts[:skip]))), np.cumsum(list(map(len, texts)))
     if at < 0:
         return skip, len(texts)
     return int(np.searchsorted(ends, at, "right")), int(np.searchsorted(ends, at + len(text))) + 1
@@ -98,13 +77,12 @@ def roles(run):
     role_FK, read_FK2 = np.zeros(rows_FK.shape, "u1"), np.full((*rows_FK.shape, 2), (skip, length), "<u2")
     for f, dim in enumerate(run.samples.features.tolist()):
         document = run.journal.get(dim, {})
-        shown = [(SHOWN, context, None) for context in document.get("shown") or ()]
         scored = document.get("scored") or []
         values = document.get("simulated") or [[]] * len(scored)
         low, high = (limit((value for part in values for value in part), default=0) for limit in (min, max))
-        for role, context, simulation in shown + list(
-            zip([SCORED] * len(scored), scored, values, strict=True)
-        ):
+        served = [(SHOWN, context, None) for context in document.get("shown") or ()]
+        served += [(SCORED, *each) for each in zip(scored, values, strict=True)]
+        for role, context, simulation in served:
             for k in np.flatnonzero(rows_FK[f] == context["row"])[:1]:
                 texts = [run.texts[token] for token in run.tokens_CT[run.context_FK[f, k]]]
                 first, end = read_FK2[f, k] = tokens_read(texts, context["text"], skip)
@@ -198,7 +176,7 @@ def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics
     from sae.autoencoder import load_checkpoint
     from sae.explanations import read_journal, token_texts
     from sae.export import read_metrics
-    from sae.samples import load_samples
+    from sae.samples import load_samples, nearest
     from sae.tokens import load_tokenizer, open_dataset, read_contexts
 
     for what, path in (("explanations", explanations), ("metrics", metrics_path)):
@@ -213,7 +191,11 @@ def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics
     if autoencoder_path:
         checkpoint = load_checkpoint(autoencoder_path)
         check_origin(what, samples.autoencoder_fingerprint, checkpoint.fingerprint, autoencoder_path)
-        near = nearest(checkpoint.autoencoder.W_dec, samples.features)
+        cosines_FN, others_FN = nearest(checkpoint.autoencoder.W_dec, samples.features, NEAR)
+        near = [
+            list(zip(*row, strict=True))
+            for row in zip(others_FN.tolist(), cosines_FN.double().numpy().round(3).tolist(), strict=True)
+        ]
         metrics_path = metrics_path or Path(autoencoder_path).parent / "metrics.jsonl"
     if metrics_path:
         metrics = read_metrics(metrics_path, samples.config.get("trained_batches"))
@@ -226,36 +208,22 @@ def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics
     rows_C = np.unique(rows_FK[rows_FK >= 0])
     context_FK = np.where(rows_FK >= 0, np.searchsorted(rows_C, rows_FK), -1)
     ids_CT = np.concatenate([ids.numpy() for ids in read_contexts(dataset, rows_C, 1024, length)])
+    moved = (samples.promoted, samples.promoted_logits), (samples.suppressed, samples.suppressed_logits)
     # Samples of version 0.1, and of models whose way to the logits is not known, have no such tokens.
-    moved = [
-        (getattr(samples, key, None), getattr(samples, f"{key}_logits", None))
-        for key in ("promoted", "suppressed")
-    ]
     moved = [(ids_FL.numpy(), logits_FL.tolist()) for ids_FL, logits_FL in moved if ids_FL is not None]
     ids = np.unique(np.concatenate([ids_CT.ravel(), *(ids_FL.ravel() for ids_FL, _ in moved)]))
-    effects = [
-        [
-            list(zip(np.searchsorted(ids, ids_FL[f]).tolist(), logits_FL[f], strict=True))
-            for ids_FL, logits_FL in moved
-        ]
-        for f in range(len(rows_FK))
-    ]
+    moved = [(np.searchsorted(ids, ids_FL).tolist(), logits_FL) for ids_FL, logits_FL in moved]
+    effects = [[list(zip(*pair, strict=True)) for pair in zip(*part, strict=True)] for part in moved]
+    effects = list(zip(*effects, strict=True)) or [()] * len(rows_FK)
     texts = token_texts(load_tokenizer(dataset_path, info), ids.tolist())
     return Run(samples, journal, near, metrics, context_FK, np.searchsorted(ids, ids_CT), texts, effects)
 
 
 def build(samples, dataset_path, explanations=None, autoencoder_path=None, metrics=None, contexts=12):
     """The page of the files `samples`; what belongs to each, in order, is found where it is not given."""
-    found = []
-    for flag, given in {
-        "explanations": explanations,
-        "autoencoder_path": autoencoder_path,
-        "metrics": metrics,
-    }.items():
+    found = {"explanations": explanations, "autoencoder_path": autoencoder_path, "metrics": metrics}
+    for flag, given in found.items():
         if given and len(given) != len(samples):
             raise InputError(f"--{flag} of each samples file needed, {len(samples)}, got {len(given)}")
-        found.append(given or [None] * len(samples))
-    return render(
-        [open_run(*paths) for paths in zip(samples, [dataset_path] * len(samples), *found, strict=True)],
-        contexts,
-    )
+    belonging = zip(samples, *(given or [None] * len(samples) for given in found.values()), strict=True)
+    return render([open_run(path, dataset_path, *others) for path, *others in belonging], contexts)

@@ -7,18 +7,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from sae import InputError, cli
+from sae import InputError, cli, models
 from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
-from sae.models import (
-    check_positions,
-    check_vocabulary,
-    load_model,
-    model_fingerprint,
-    skeleton,
-    way_to_logits,
-)
 from sae.samples.file import Samples
 from sae.samples.look import encode_in_pieces
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
@@ -93,7 +85,7 @@ class Run(NamedTuple):
 
     def _promoted(self, features_F):
         """Samples' fields on promoted and suppressed tokens; none, said once, where the way is not known."""
-        logits = way_to_logits(self.model, self.hookpoint)
+        logits = models.way_to_logits(self.model, self.hookpoint)
         if logits is None:
             print(f"no promoted tokens: the way from {self.hookpoint} to the logits is not known")
             return {}
@@ -123,9 +115,9 @@ def prepare(
         raise InputError(f"--save_path needs the name of a file (.pt), got {save_path}")
     if here.count > 1 and (target_model_device or autoencoder_device):
         raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
-    llm_device, device = (here.device,) * 2 if here.count > 1 else cli.default_devices()
-    llm_device = cli.check_device("--target_model_device", target_model_device or llm_device)
-    device = cli.check_device("--autoencoder_device", autoencoder_device or device)
+    own = here.device if here.count > 1 else None
+    flags = "--target_model_device", "--autoencoder_device"
+    llm_device, device = cli.device_pair(target_model_device or own, autoencoder_device or own, flags)
     dataset, info = open_dataset(dataset_path)
     if num_samples > len(dataset):
         most = f"{len(dataset)} (the contexts of {dataset_path})"
@@ -137,7 +129,7 @@ def prepare(
     name = target_model_name or config["model_name"]
     check_target(config, name, info, trust_remote_code)
     check_tokenizer(info, name, allow_other_tokenizer)
-    model = load_model(name, llm_device, dtype_llm, trust_remote_code)
+    model = models.load_model(name, llm_device, dtype_llm, trust_remote_code)
     _, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     return Run(dataset, info, checkpoint, model, hookpoint, batch_size)
 
@@ -150,14 +142,14 @@ def check_target(config, name, info, trust_remote_code=False):
     """
     made_from, known = config["model_name"], config.get("model_fingerprint")
     if known:
-        same = model_fingerprint(name) == known
+        same = models.model_fingerprint(name) == known
     else:
         same = Path(name).name == Path(made_from).name or Path(name).resolve() == Path(made_from).resolve()
     if not same:
         raise InputError(f"the model of the autoencoder ({made_from}) needed, got {name}")
-    model = skeleton(name, trust_remote_code=trust_remote_code)
-    check_vocabulary(model.config, info)
-    check_positions(model, config.get("num_tokens") or info["min_tokens"])
+    model = models.skeleton(name, trust_remote_code=trust_remote_code)
+    models.check_vocabulary(model.config, info)
+    models.check_positions(model, config.get("num_tokens") or info["min_tokens"])
     module, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     width = activation_width(model, module)
     if width != config["act_vec_size"]:

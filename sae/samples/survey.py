@@ -141,7 +141,8 @@ class Survey:
         kind_K = torch.arange(3, dtype=torch.int8).repeat_interleave(torch.tensor(self.nums))
         max_F = (self.top_FM[features_F, 0] >> 32).int().view(torch.float32)
         strong_FK = self._context(top_FK)[:, :OF_NEAR].where(top_FK[:, :OF_NEAR] > 0, -1)
-        near_FM = strong_FK[nearest(W_dec_FD[features_F])].transpose(1, 2).flatten(1)
+        _, near_FN = nearest(W_dec_FD[features_F], torch.arange(len(features_F)), NEAR)
+        near_FM = strong_FK[near_FN].transpose(1, 2).flatten(1)
         contexts_FK = self._context(key_FK).where(key_FK > 0, -1)
         parts = features_F, max_F, contexts_FK, kind_K.repeat(len(key_FK), 1), near_FM
         return Choice(*(part.cpu() for part in parts))
@@ -221,11 +222,11 @@ class Survey:
         return self.documents_N[self._context(key)]
 
 
-def nearest(rows_FD):
-    """[F, NEAR] or fewer: for each of these unit rows the places of those with the highest cosine to it."""
-    places = []
-    for first, rows_fD in zip(range(0, len(rows_FD), 1024), rows_FD.split(1024), strict=True):
-        cosine_fF = rows_fD @ rows_FD.T
-        cosine_fF.diagonal(first).fill_(-2)
-        places.append(cosine_fF.topk(min(NEAR, len(rows_FD) - 1)).indices)
-    return torch.cat(places)
+def nearest(rows_ND, places_F, count):
+    """Of unit rows the `count` or fewer closest to each one at `places_F`, but itself: cosines, places."""
+    found = []
+    for places_f in places_F.split(1024):
+        cosine_fN = rows_ND[places_f] @ rows_ND.T
+        cosine_fN[torch.arange(len(places_f)), places_f] = -2
+        found.append(cosine_fN.topk(min(count, len(rows_ND) - 1)))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

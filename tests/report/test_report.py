@@ -93,14 +93,6 @@ def test_top_tokens_by_hand():
     assert report.top_tokens(ids, acts * 0) == []
 
 
-def test_nearest_by_hand():
-    rows = torch.tensor([[0.8, -0.6], [0.0, 2.0], [0.6, 0.8], [-1.0, 0.0]])
-    assert report.nearest(rows, torch.tensor([1, 3]), count=2) == [
-        [(2, 0.8), (3, 0.0)],
-        [(1, 0.0), (2, -0.6)],
-    ]
-
-
 def test_columns_shown_keeps_the_first_and_spreads_the_spread():
     kind = np.array([0] * 5 + [1] * 5 + [2] * 5)
     assert report.columns_shown(kind, 3).tolist() == [0, 1, 2, 5, 7, 9, 10, 11, 12]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sae import InputError
-from sae.samples import RANDOM, SPREAD, TOP, Survey, in_band, wider_band
+from sae.samples import RANDOM, SPREAD, TOP, Survey, in_band, nearest, wider_band
 
 TOP_6, SPREAD_12, RANDOM_4 = 6, 12, 4
 
@@ -194,6 +194,14 @@ def test_hard_contexts_are_strong_at_near_features_and_silent_here():
     peak_FM = f_NTF.amax(1).T[:3].gather(1, choice.near_FM.clamp(min=0))
     # Not 0 and 14, on which it fires, nor 5, beside one of its own.
     assert survey.hard(choice, peak_FM, 5)[0].tolist() == [20, 10, 22, 12, -1]
+
+
+def test_nearest_by_hand():
+    rows = torch.tensor([[0.8, -0.6], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    cosines_FN, places_FN = nearest(rows, torch.tensor([1, 3]), 2)
+    assert places_FN.tolist() == [[2, 3], [1, 2]]
+    torch.testing.assert_close(cosines_FN, torch.tensor([[0.8, 0.0], [0.0, -0.6]]))
+    assert nearest(rows, torch.tensor([0]), 9)[1].tolist() == [[2, 1, 3]]
 
 
 def test_one_feature_alone_has_no_hard_contexts():
