@@ -26,10 +26,7 @@ def revive_from_inputs(autoencoder, optimizer, dead_K, inputs_KD):
     the norm at the start, where none lives); encoder biases become 0.
     """
     direction_KD = functional.normalize(inputs_KD - autoencoder.b_dec, dim=1)
-    alive_F = torch.ones(len(autoencoder.b_enc), dtype=torch.bool, device=dead_K.device)
-    alive_F[dead_K] = False
-    living_norms = torch.linalg.vector_norm(autoencoder.W_enc[:, alive_F], dim=0)
-    norm = living_norms.mean() if len(living_norms) else 1.0
+    norm, _ = _living(autoencoder, dead_K)
     _replace(autoencoder, optimizer, dead_K, 0.2 * norm * direction_KD, direction_KD)
 
 
@@ -41,11 +38,26 @@ def revive_at_random(autoencoder, optimizer, dead_K, rng):
     _replace(autoencoder, optimizer, dead_K, fresh_KD, fresh_KD)
 
 
+def _living(autoencoder, dead_K):
+    """Mean encoder norm of the living features, 1 where none lives; and which they are."""
+    alive_F = torch.ones(len(autoencoder.b_enc), dtype=torch.bool, device=dead_K.device)
+    alive_F[dead_K] = False
+    norms = torch.linalg.vector_norm(autoencoder.W_enc[:, alive_F], dim=0)
+    return norms.mean() if len(norms) else 1.0, alive_F
+
+
 def _replace(autoencoder, optimizer, dead_K, encoder_KD, decoder_KD):
+    changed = [(autoencoder.W_dec, 0), (autoencoder.W_enc, 1), (autoencoder.b_enc, 0)]
+    if autoencoder.architecture == "jumprelu":
+        # As far above the new encoder's activations as the living features' thresholds are above theirs.
+        norm, alive_F = _living(autoencoder, dead_K)
+        mean = autoencoder.threshold[alive_F].mean() if alive_F.any() else autoencoder.threshold.mean()
+        autoencoder.threshold[dead_K] = torch.linalg.vector_norm(encoder_KD, dim=1) / norm * mean
+        changed.append((autoencoder.threshold, 0))
     autoencoder.W_dec[dead_K] = decoder_KD
     autoencoder.W_enc[:, dead_K] = encoder_KD.T
     autoencoder.b_enc[dead_K] = 0
-    for parameter, where in ((autoencoder.W_dec, 0), (autoencoder.W_enc, 1), (autoencoder.b_enc, 0)):
+    for parameter, where in changed:
         # Adam still remembers the old direction and would pull the new feature back.
         for moment in ("exp_avg", "exp_avg_sq"):
             if moment in optimizer.state[parameter]:

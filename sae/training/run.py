@@ -240,9 +240,12 @@ def _lasting_bytes(config, dtype):
 
 
 def _passing_bytes(config, dtype):
-    """What a step, a checkpoint or a revival needs for a moment: a matrix of weights, numbers of a batch."""
+    """What a step, a checkpoint or a revival needs for a moment: two matrices of weights, numbers of a batch.
+
+    And what the allocator keeps; measured with each architecture, dense and sparse.
+    """
     D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
-    return D * F * 4 + max(N * (3 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4)
+    return 2**27 + 2 * D * F * 4 + max(N * (4 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4)
 
 
 def _free_bytes(device):

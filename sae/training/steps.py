@@ -12,11 +12,14 @@ of weights, and it multiplies by zeros: of the five products only the encoder's 
 Dims: N rows of a batch, S entries of [N, F] that matter, D act_vec_size, F dict_vec_size, K dead features.
 """
 
+import warnings
 from typing import NamedTuple
 
 import torch
 
 from sae import InputError
+
+warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # for a user of the script
 
 # A step is sparse below this share of entries that matter. The rule sees the batch alone, so a resumed run
 # takes the same turns. Nobody has measured it on a GPU yet: there every step is dense.

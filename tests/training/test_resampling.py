@@ -151,3 +151,26 @@ def test_same_seed_same_revival():
         run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
         results.append(trainer.autoencoder.W_dec.detach().clone())
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("living", [True, False])
+def test_revived_jumprelu_features_get_a_threshold_that_suits_them(living):
+    """The living features' mean threshold, in proportion to the new encoder's norm; and fresh moments."""
+    dead_K = torch.tensor([1, 4] if living else range(7))
+    trainer = Trainer(Autoencoder(3, 7, architecture="jumprelu"), 1e-2, 0.1, target_l0=2.0)
+    ae = trainer.autoencoder.requires_grad_(False)
+    for _ in range(3):
+        trainer.step(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)))
+    ae.threshold.copy_(torch.tensor([1.0, 50, 2, 3, 60, 4, 5]))
+    ae.W_enc.mul_(3 / torch.linalg.vector_norm(ae.W_enc, dim=0))
+    assert trainer.optimizer.state[ae.threshold]["exp_avg_sq"].any()
+    revive_at_random(ae, trainer.optimizer, dead_K, np.random.default_rng(0))
+    if living:
+        assert ae.threshold.tolist() == pytest.approx([1, 1, 2, 3, 1, 4, 5])  # 3 for an encoder of norm 3
+    else:
+        assert ae.threshold.tolist() == pytest.approx([125 / 7] * 7)
+    assert not trainer.optimizer.state[ae.threshold]["exp_avg_sq"][dead_K].any()
+    inputs_KD = torch.randn(len(dead_K), 3)
+    revive_from_inputs(ae, trainer.optimizer, dead_K, inputs_KD)
+    if living:
+        assert ae.threshold[dead_K].tolist() == pytest.approx([0.6, 0.6])
