@@ -134,7 +134,7 @@ class Trainer:
         x_ND = self._inputs(rows_ND)
         ae.b_dec.copy_(geometric_median(x_ND))
         if ae.architecture == "jumprelu":
-            # What moves by the learning rate in each entry of the encoder moves pre-activations by about this.
+            # Entries of the encoder that move by the learning rate move pre-activations by about this.
             # Thresholds that moved by the rate alone came late: L0 was 17 for 32 after 300 batches.
             length = torch.linalg.vector_norm(x_ND - ae.b_dec, dim=1).mean().item()
             self.optimizer.param_groups[-1]["share"] = length
