@@ -59,8 +59,8 @@ step "5/5 look: the index, a search, and a page" "Best score first, as the index
 index=smollm2_mlp_activations_10_1536_6144_0.001_1.0
 python experiments/print_table.py "$server" $index --api_key "$key"
 grep -v '^\[' $out/explain.log | tail -n 2
-printf '\nWhich features fire on import?\n'
-python experiments/print_table.py "$server" $index --api_key "$key" --query import
+printf '\nWhich features fire on self?\n'
+python experiments/print_table.py "$server" $index --api_key "$key" --query self
 python -m sae.report $out/samples.pt --dataset_path $out/tokens --autoencoder_path "$out/run/$batches.pt" \
     --explanations $out/samples.explanations.jsonl --out $out/report.html
 python experiments/where_to_look.py $out/samples.explanations.jsonl $out/report.html

@@ -31,10 +31,11 @@ def main():
             args.server_address, args.index, args.query, args.rows, args.api_key, args.ssl_cert, args.insecure
         )
     width = max(shutil.get_terminal_size((150, 24)).columns, 80)
-    line = f"{{:>7}} {{:>6}} {{:>7}}  {{:{width // 2}.{width // 2}}}  {{}}"
-    print(line.format("feature", "score", "control", "interpretation", "tokens"))
+    line = f"{{:>7}} {{:>6}} {{:>7}} {{:>8}}  {{:{width // 2}.{width // 2}}}  {{}}"
+    figures = ("score", "control", "counting")
+    print(line.format("feature", *figures, "interpretation", "tokens"))
     for one in found:
-        numbers = ("-" if one[name] is None else f"{one[name]:.2f}" for name in ("score", "control"))
+        numbers = ("-" if one.get(name) is None else f"{one[name]:.2f}" for name in figures)
         text, tokens = " ".join(one["interpretation"].split()), " ".join(one["tokens"])
         print(line.format(one["dim"], *numbers, text, tokens)[:width])
     print(f"{'the first ' if len(found) == args.rows else ''}{len(found)} features")

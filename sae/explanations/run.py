@@ -152,8 +152,9 @@ def summary(documents, new, seconds):
     if both:
         control = statistics.median(doc["control"] for doc in both)
         clear = [doc for doc in both if doc["interval"] and doc["interval"][0] > doc["control"]]
-        figures += f", median control {control:.2f}"
-        figures += f", {len(clear) / len(both):.0%} beat their control by more than their interval"
+        beat = [doc for doc in both if doc["score"] > doc["control"]]
+        figures += f", median control {control:.2f}, {len(beat) / len(both):.0%} beat their control"
+        figures += f" ({len(clear) / len(both):.0%} by more than their interval)"
     wins = {hand: sum(doc.get("explained_by") == hand for doc in documents) for hand in HANDS}
     figures += "; explained by " + ", ".join(f"{hand} {count}" for hand, count in wins.items() if count)
     rate = f"{new} in {seconds:.0f} s, {60 * new / max(seconds, 1e-9):.1f} features/minute"

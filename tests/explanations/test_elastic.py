@@ -790,15 +790,16 @@ def test_the_table_is_read_back_best_score_first(client, index, elasticsearch_ur
     ensure_index(client, index, ORIGIN)
     with Writer(client, index, 5) as writer:
         for dim, score in enumerate((0.125, None, 0.75)):
-            fields = {"score": score, "interpretation": "one\nline", "tokens": ["as", f"t{dim}"]}
+            fields = {"score": score, "counting": score, "interpretation": "one\nline"}
+            fields["tokens"] = ["as", f"t{dim}"]
             writer.submit([document(dim, **fields)])
     script = "experiments/print_table.py"
     table = run_script(script, elasticsearch_url, index, "--api_key", api_key())
     rows = [line.split() for line in table.stdout.splitlines()]
     assert rows[1:] == [
-        ["2", "0.75", "-0.01", "one", "line", "as", "t2"],
-        ["0", "0.12", "-0.01", "one", "line", "as", "t0"],
-        ["1", "-", "-0.01", "one", "line", "as", "t1"],
+        ["2", "0.75", "-0.01", "0.75", "one", "line", "as", "t2"],
+        ["0", "0.12", "-0.01", "0.12", "one", "line", "as", "t0"],
+        ["1", "-", "-0.01", "-", "one", "line", "as", "t1"],
         ["3", "features"],
     ]
     found = run_script(script, elasticsearch_url, index, "--api_key", api_key(), "--query", "tokens:t1")

@@ -16,7 +16,8 @@ def test_the_last_line_counts_what_clearly_beats_its_control_and_who_explained()
         document(0.3, 0.25, hand="text"), document(0.4, None),
     ]  # fmt: skip
     said = summary(documents, 2, 60.0)
-    assert said.startswith("5 features explained: median score 0.35, median control 0.20, 33% beat")
+    assert said.startswith("5 features explained: median score 0.35, median control 0.20, 67% beat")
+    assert "beat their control (33% by more than their interval)" in said
     assert "explained by text 1, counted 3; 2 in 60 s, 2.0 features/minute" in said
     assert "no score is defined" in summary(documents[2:3], 1, 1.0)
 
