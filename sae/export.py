@@ -70,10 +70,8 @@ def sae_lens_config(config):
 
 def read_metrics(path, batch):
     """The line of metrics.jsonl that a run wrote with its checkpoint at `batch`; {} where there is none."""
-    if not Path(path).is_file():
-        return {}
-    found = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
+    found, lines = {}, Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
             event = dict(json.loads(line))
         except (ValueError, TypeError) as err:
@@ -161,12 +159,9 @@ def parse_args():
     parser.add_argument("--model_name", help="hub name to write for a model that was a local folder")
     for_page = parser.add_argument_group("for --format neuronpedia")
     for_page.add_argument("--samples", type=cli.path, help="interpretation samples of the checkpoint (.pt)")
-    for_page.add_argument(
-        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="their dataset"
-    )
-    for_page.add_argument(
-        "--explanations", type=cli.path, help="journal; default: <samples stem>.explanations.jsonl, if there"
-    )
+    default, journal = "./tokenized_dataset", "journal; default: <samples stem>.explanations.jsonl, if there"
+    for_page.add_argument("--dataset_path", type=cli.path, default=default, help="their dataset")
+    for_page.add_argument("--explanations", type=cli.path, help=journal)
     return parser, parser.parse_args()
 
 

@@ -53,11 +53,8 @@ def firing(checkpoint, text, model_name=None, device="cpu", top=3):
         raise InputError(f"a model {needed} needed by the autoencoder, {name} is {acts_ND.shape[1]} wide")
     f_NF = checkpoint.autoencoder.features(acts_ND)
     f_NF[: config.get("skip_positions", 0)] = 0
-    strongest = (
-        zip(*row, strict=True)
-        for row in zip(*(part.tolist() for part in f_NF.topk(min(top, f_NF.shape[1]))), strict=True)
-    )
-    found = [[(dim, value) for value, dim in row if value > 0] for row in strongest]
+    strongest = zip(*(part.tolist() for part in f_NF.topk(min(top, f_NF.shape[1]))), strict=True)
+    found = [[(dim, value) for value, dim in zip(*row, strict=True) if value > 0] for row in strongest]
     return list(zip(token_texts(tokenizer, ids), found, strict=True))
 
 

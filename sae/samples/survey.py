@@ -45,15 +45,14 @@ def in_band(log10_frequency, lower, upper):
 
 def wider_band(log10_frequency, lower, upper):
     """How many features lower limits would hold, in words; "" where a tenth of those that fire is inside."""
-    count = int((log10_frequency > -math.inf).sum())
-    held, parts = [int(between(log10_frequency, lower, upper).sum())], []
-    for limit in range(math.ceil(lower) - 1, -9, -1):
-        held.append(int(between(log10_frequency, limit, upper).sum()))
-        if held[-1] > held[-2]:
-            parts.append(f"{limit} would hold {held[-1]}")
-    if 10 * held[0] >= count or not parts:
+    alive, limits = int((log10_frequency > -math.inf).sum()), {}  # of each count the highest lower limit
+    for limit in (lower, *range(math.ceil(lower) - 1, -9, -1)):
+        limits.setdefault(int(between(log10_frequency, limit, upper).sum()), limit)
+    held, *more = limits
+    if 10 * held >= alive or not more:
         return ""
-    return f"of {count} features that fire --log_freq_lower {', '.join(parts)}"
+    parts = (f"{limits[count]} would hold {count}" for count in more)
+    return f"of {alive} features that fire --log_freq_lower {', '.join(parts)}"
 
 
 class Choice(NamedTuple):

@@ -6,7 +6,10 @@ import gzip
 import io
 import json
 import lzma
+import sys
 import time
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
 from functools import partial
@@ -14,9 +17,11 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from sae import InputError
+
 ROWS_AT_ONCE = 64
 STALL_S = 60
-BLOCK_TRIES = 4  # of a block from a web server, before the whole file is begun again
+PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds, between the tries of a network that fails
 # What a file that is torn, damaged or of another kind raises in one of the libraries that read it.
 BROKEN = (
     OSError, ValueError, EOFError, NotImplementedError,
@@ -50,16 +55,16 @@ def read_source_file(path):
         yield Skipped("holds NUL") if "\0" in text else text
 
 
-def read_rows(path, columns=None):
+def read_rows(path, columns=None, pauses=PAUSES):
     """The rows of a file or address as dicts, with `columns` at least; Skipped for what is no row."""
-    for stream in _streams(path):
+    for stream in _streams(path, pauses):
         yield from READERS[kind(path)](stream, columns)
 
 
-def _streams(path):
+def _streams(path, pauses):
     """The binary stream of an unpacked file; of a zip archive, that of each file in it."""
     packing = PurePosixPath(path.split("?")[0] if "://" in path else path).suffix.lower()
-    with _open_address(path) if "://" in path else open(path, "rb") as handle:
+    with _open_address(path, pauses) if "://" in path else open(path, "rb") as handle:
         if packing == ".zip":
             with zipfile.ZipFile(handle) as archive:
                 for name in archive.namelist():
@@ -77,28 +82,51 @@ def _unzstd(handle):
     return io.BufferedReader(pa.CompressedInputStream(handle, "zstd"))
 
 
-def _open_address(address):
+def _open_address(address, pauses):
+    """A file of the web or the hub that is read patiently; only one whose size is known can be read again."""
     import aiohttp
     import fsspec
 
     timeout = aiohttp.ClientTimeout(sock_connect=STALL_S, sock_read=STALL_S)
     options = {"client_kwargs": {"timeout": timeout}} if address.startswith("http") else {}
-    handle = fsspec.open(address, "rb", **options).open()
-    fetch = getattr(getattr(handle, "cache", None), "fetcher", None)
-    if fetch and address.startswith("http"):  # the hub's own client tries again by itself
-        handle.cache.fetcher = partial(_fetch_patiently, fetch)
+
+    def begin():
+        try:
+            return fsspec.open(address, "rb", **options).open()
+        except FileNotFoundError:
+            _refuse_nothing(address)
+            raise  # fsspec calls a busy server (503) a missing file, too
+
+    handle = _patiently(pauses, begin)
+    handle.read = partial(_patiently, PAUSES if handle.size else (), handle.read)
     return handle
 
 
-def _fetch_patiently(fetch, start, end):
-    import aiohttp
+def _refuse_nothing(address):
+    """InputError for a web address that leads to nothing."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=STALL_S)
+    except urllib.error.HTTPError as answer:
+        if 400 <= answer.code < 500 and answer.code not in (408, 429):
+            raise InputError(f"data files needed at {address}, the server answers {answer.code}") from None
+    except (OSError, ValueError):
+        pass
 
-    for _try in range(BLOCK_TRIES - 1):
+
+def _patiently(pauses, fetch, *arguments):
+    """What `fetch` returns. After a network error it is tried again; one that stays is a ConnectionError."""
+    import aiohttp
+    import httpx2
+
+    for tries, pause in enumerate((*pauses, None), 1):
         try:
-            return fetch(start, end)
-        except (OSError, aiohttp.ClientError):
-            time.sleep(1)
-    return fetch(start, end)
+            return fetch(*arguments)
+        except (OSError, aiohttp.ClientError, httpx2.HTTPError) as err:
+            if pause is None:
+                raise ConnectionError(f"the network failed {tries} times in a row: {err}") from err
+            said = f"network error ({type(err).__name__}: {err}), trying again in {pause} s"
+            print(f"\n{said}", file=sys.stderr, flush=True)
+            time.sleep(pause)
 
 
 def _parquet_rows(stream, columns):

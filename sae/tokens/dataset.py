@@ -26,7 +26,7 @@ def open_dataset(path):
         dataset = datasets.load_from_disk(str(path))
         lacking = [key for key, kind in INFO_TYPES.items() if not isinstance(info.get(key), kind)]
         lacking += sorted({"input_ids", "document"} - set(dataset.column_names))
-    except (OSError, ValueError, AttributeError) as err:
+    except (OSError, ValueError, AttributeError, IndexError) as err:  # the last where there is no file
         raise InputError(f"{needed}, it does not open: {err}") from err
     if lacking or len(dataset) == 0:
         raise InputError(f"{needed}, it lacks {', '.join(lacking) or 'contexts'}")

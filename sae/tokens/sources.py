@@ -4,18 +4,14 @@ import json
 import os
 import random
 import re
-import sys
-import time
-import urllib.error
-import urllib.request
-from functools import cache, partial
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
 from sae import InputError
 from sae.tokens import datafiles
-from sae.tokens.datafiles import READERS, Skipped, kind
+from sae.tokens.datafiles import PAUSES, READERS, Skipped, kind
 
 DATA = READERS.keys() - {"txt"}
 # Beside data files of these kinds lie no source files; json, csv and tsv are found among source files, too.
@@ -30,7 +26,6 @@ TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
 ROLES = {"human": "user", "gpt": "assistant"}  # in conversations of {"from", "value"}
 ROWS_LOOKED_AT = 1000  # to find the column of the text
 START = [0, 0, 0, 0]  # which file, its documents read, all read, all given to this process
-PAUSES = (1, 2, 4, 8, 16, 32, 60, 60)  # seconds
 
 
 class Source(NamedTuple):
@@ -40,8 +35,6 @@ class Source(NamedTuple):
     """
 
     paths: list
-    left_out: list  # links
-    remote: bool = False
     columns: list | None = None
     tokenizer: str | None = None  # folder; its chat template makes a text of messages
 
@@ -52,12 +45,13 @@ class Source(NamedTuple):
 
     def rows(self, path):
         """Dicts with `columns`, with all where these are not known; Skipped for what is no row."""
+        pauses = PAUSES if self.columns else PAUSES[:3]  # a wrong address is told soon
         try:
-            yield from datafiles.read_rows(path, self.columns)
+            yield from datafiles.read_rows(path, self.columns, pauses)
+        except (InputError, ConnectionError):
+            raise
         except datafiles.BROKEN as err:
-            if not self.remote or isinstance(err, ValueError):
-                raise InputError(f"readable data files needed, {path} is none: {err}") from err
-            raise _refusal(path, err) if isinstance(err, FileNotFoundError) else ConnectionError(err) from err
+            raise InputError(f"readable data files needed, {path} is none: {err}") from err
 
     def text(self, row):
         parts = [row[column] for column in self.columns if row.get(column) is not None]
@@ -84,28 +78,23 @@ def open_source(name, data_dir=None, dataset_config=None, split="train", text_fi
     refuse_missing(name)
     if not re.fullmatch(r"[\w.-]+", split):
         raise InputError(f"--split needs the name of a split, without a slice, got {split!r}")
-    left_out, remote = [], not Path(name).exists()
     if "://" in name:
         if data_dir or dataset_config:
             raise InputError(f"--data_dir and --dataset_config are not for addresses of files such as {name}")
         paths = _addresses(name)
-    elif remote:
+    elif not Path(name).exists():
         paths = _hub_files(name, data_dir, dataset_config, split)
     elif dataset_config:
         raise InputError(f"--dataset_config is for hub datasets, --data_dir names a folder within {name}")
     else:
-        paths, left_out, is_data = _local_files(Path(name), data_dir, split)
+        paths, is_data = _local_files(Path(name), data_dir, split)
         if not is_data:
-            return Source(paths, left_out)
-    source = Source(paths, left_out, remote, tokenizer=tokenizer)
+            return Source(paths)
+    source = Source(paths, tokenizer=tokenizer)
     unknown = {kind(path) or path for path in paths} - set(READERS)
     if unknown:
         raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {min(unknown)}")
-
-    def read():
-        return chain.from_iterable(map(source.rows, paths))
-
-    rows = islice(_persistent(read, 0, PAUSES[:3]) if remote else read(), ROWS_LOOKED_AT)
+    rows = islice(chain.from_iterable(map(source.rows, paths)), ROWS_LOOKED_AT)
     rows = [row for row in rows if not isinstance(row, Skipped)]
     if not rows:
         raise InputError(f"documents needed in {name}, it holds none")
@@ -164,7 +153,7 @@ def _text_columns(rows, wanted):
 
 
 def _local_files(base, data_dir, split):
-    """(paths, links left out, whether the paths are data files)."""
+    """(paths, whether they are data files)."""
     if (base / "snapshots").is_dir():  # as the hub's client keeps a dataset
         ref, base = base / "refs" / "main", base / "snapshots"
         base /= ref.read_text().strip() if ref.is_file() else max(os.listdir(base))
@@ -172,6 +161,8 @@ def _local_files(base, data_dir, split):
     if not path.exists():
         raise InputError(f"a folder or file needed at {path} (--dataset_name with --data_dir), there is none")
     files, left_out = _walk(path)
+    for link in left_out[:3]:
+        print(f"a link is left out, it leads to nothing or to what is read anyway: {link}")
     if not files:
         raise InputError(f"documents needed in {path}, it holds no file")
     reader = _data_reader(path, files)
@@ -180,7 +171,7 @@ def _local_files(base, data_dir, split):
         files = _of_split(path, _saved_files(files), split)
     elif split != "train":
         raise InputError(f"source files have no splits, --split {split} came")
-    return [str(file) for file in files], left_out, bool(reader)
+    return [str(file) for file in files], bool(reader)
 
 
 def _walk(path):
@@ -262,49 +253,15 @@ def _hub_files(name, data_dir, dataset_config, split):
 
     try:
         builder = datasets.load_dataset_builder(name, dataset_config, data_dir=data_dir)
-    except datasets.exceptions.DatasetNotFoundError as err:
-        login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones"
-        raise InputError(f"a dataset needed, got {name!r}: {err}{login}") from err
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as err:
-        raise InputError(f"a dataset that opens needed, got {name!r}: {err}") from err
+        unknown = isinstance(err, datasets.exceptions.DatasetNotFoundError)
+        login = "; `hf auth login` or HF_TOKEN gives access to gated and private ones" if unknown else ""
+        raise InputError(f"a dataset that opens needed, got {name!r}: {err}{login}") from err
     splits = builder.config.data_files or {}
     if split not in splits:
         there = ", ".join(splits) or "no files"
         raise InputError(f"--split needs one of {name}, which has {there}, got {split!r}")
     return [str(file) for file in splits[split]]
-
-
-def _refusal(address, err):
-    """An unfindable web address as the error it is: fsspec calls a busy server (503) a missing file, too."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=datafiles.STALL_S)
-    except urllib.error.HTTPError as answer:
-        if 400 <= answer.code < 500 and answer.code not in (408, 429):
-            return InputError(f"data files needed at {address}, the server answers {answer.code}")
-    except (OSError, ValueError):
-        pass
-    return ConnectionError(err)
-
-
-def _persistent(read, index, pauses=PAUSES):
-    """The documents of `read()` from `index` on; after a network error they are read again from there."""
-    import aiohttp
-    import httpx2
-
-    failures = 0
-    while True:
-        try:
-            for text in islice(read(), index, None):
-                index, failures = index + 1, 0
-                yield text
-            return
-        except (OSError, EOFError, aiohttp.ClientError, httpx2.HTTPError) as err:
-            if failures == len(pauses):
-                raise ConnectionError(f"the network failed {failures + 1} times in a row: {err}") from err
-            said = f"network error ({type(err).__name__}: {err}), trying again in {pauses[failures]} s"
-            print(f"\n{said}", file=sys.stderr, flush=True)
-            time.sleep(pauses[failures])
-            failures += 1
 
 
 def read_documents(source, seed, process, processes, position):
@@ -318,8 +275,7 @@ def read_documents(source, seed, process, processes, position):
     deal = len(shards) < processes
     shards = shards if deal else shards[process::processes]
     for turn in range(first, len(shards)):
-        read = partial(source.read, shards[turn])
-        for text in _persistent(read, index) if source.remote else islice(read(), index, None):
+        for text in islice(source.read(shards[turn]), index, None):
             index, seen = index + 1, seen + 1
             if not deal or (seen - 1) % processes == process:
                 given += 1

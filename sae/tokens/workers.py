@@ -10,10 +10,9 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
@@ -82,17 +81,16 @@ def _work(connection, opened, tokenizer_json, plan, process, state):
         for source in opened
     ]
     documents, made = sources.alternate(readers, state.position), []
-    try:
-        for context in find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process):
-            made.append(context)
-            if len(made) == CONTEXTS_AT_ONCE:
-                connection.send(made)
-                made = []
-    except BrokenPipeError:  # the run has ended
-        sys.exit(0)
-    except (InputError, OSError) as err:
-        made.append(str(err))
-    connection.send(made)
+    with suppress(BrokenPipeError):  # the run has ended
+        try:
+            for context in find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process):
+                made.append(context)
+                if len(made) == CONTEXTS_AT_ONCE:
+                    connection.send(made)
+                    made = []
+        except (InputError, OSError) as err:
+            made.append(str(err))
+        connection.send(made)
 
 
 def make_plan(flags, tokenizer_folder, bos_token_id):
@@ -105,8 +103,6 @@ def make_plan(flags, tokenizer_folder, bos_token_id):
         sources.open_source(flags["dataset_name"], data_dir, **named, tokenizer=str(tokenizer_folder))
         for data_dir in flags["data_dir"] or [None]
     ]
-    for link in [link for source in opened for link in source.left_out][:3]:
-        print(f"a link is left out, it leads to nothing or to what is read anyway: {link}")
     columns = next((source.columns for source in opened if source.columns), None)
     if columns:
         print(f"the text is taken from the column {' + '.join(columns)}")
@@ -272,11 +268,8 @@ def _write_files(folder, opened, plan, progress, stopping):
 
 def _too_few(plan, contexts, counts):
     fits = contexts // plan["num_files"]
-    less = (
-        f"num_samples_per_file {fits} would"
-        if fits
-        else "fewer files, --chunk_documents or a smaller --min_tokens may"
-    )
+    less = "fewer files, --chunk_documents or a smaller --min_tokens may"
+    less = f"num_samples_per_file {fits} would" if fits else less
     return (
         f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
         f"tokens needed, the documents ended after {contexts}, of {counts['documents']} documents "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
@@ -78,7 +79,7 @@ def test_a_bad_line_costs_that_line_alone(tmp_path):
         b'{"text": "end"}',
     ]
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    source = sources.Source([], [], columns=["text"])
+    source = sources.Source([], columns=["text"])
     no_object, no_text = Skipped("no JSON object"), Skipped("no text")
     assert list(source.read(str(tmp_path / "a.jsonl"))) == [
         "a b", no_object, no_object, Skipped("not Unicode"), no_object, no_object, no_text, no_text,
@@ -120,6 +121,10 @@ def test_tables_of_every_text_type(tmp_path):
                 sink.write_table(table, max_chunksize=2)
             assert rows(tmp_path / "a.arrow") == expected
             assert rows(tmp_path / "a.arrow", ["text"]) == [{"text": text} for text in texts]
+    many = pa.table({"n": list(range(200))})  # in one batch, which is more than are taken at once
+    for write, name in ((pq.write_table, "a.parquet"), (pa.feather.write_feather, "b.arrow")):
+        write(many, tmp_path / name)
+        assert [row["n"] for row in rows(tmp_path / name)] == list(range(200))
 
 
 # a network that breaks
@@ -128,7 +133,7 @@ def test_tables_of_every_text_type(tmp_path):
 class Flaky(http.server.ThreadingHTTPServer):
     """Serves a folder. The n-th GET meets faults[n]: None, a status, "drop" or "stall" half-way."""
 
-    daemon_threads = True
+    daemon_threads, ranges = True, "bytes"
 
     def __init__(self, folder, faults):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -171,7 +176,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             status, headers = 206, {"Content-Range": f"bytes {first}-{last}/{len(data)}"}
             data = data[first : last + 1]
         self.send_response(status)
-        for name, value in (headers | {"Accept-Ranges": "bytes", "Content-Length": len(data)}).items():
+        headers |= {"Accept-Ranges": self.server.ranges, "Content-Length": len(data)}
+        for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command == "HEAD":
@@ -224,8 +230,25 @@ def _documents(address):
 def pauses(monkeypatch):
     """What would have been slept, noted instead."""
     slept = []
-    monkeypatch.setattr(sources.time, "sleep", slept.append)
+    monkeypatch.setattr(datafiles.time, "sleep", slept.append)
     return slept
+
+
+def test_a_network_that_fails_is_tried_with_growing_pauses(pauses):
+    failures = [TimeoutError("silence"), ConnectionResetError("reset by peer")]
+
+    def fetch(first, last):
+        if failures:
+            raise failures.pop()
+        return first, last
+
+    assert datafiles._patiently(datafiles.PAUSES, fetch, 3, 7) == (3, 7)
+    assert pauses == [1, 2]
+    pauses.clear()
+    failures = [TimeoutError("silence")] * 9
+    with pytest.raises(ConnectionError, match="failed 9 times in a row: silence"):
+        datafiles._patiently(datafiles.PAUSES, fetch, 3, 7)
+    assert pauses == list(datafiles.PAUSES) == sorted(pauses)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl.gz", "jsonl.zst"])
@@ -252,6 +275,15 @@ def test_a_fault_within_a_packed_file_loses_nothing(ending, serve, tmp_path, pau
     server = serve(tmp_path, [None, 503])
     assert _documents(f"{server.address}/all.{ending}") == [row["content"] for row in rows]
     assert server.faults == [] and pauses
+
+
+def test_a_server_that_sends_files_only_from_their_beginning(serve, shards, texts, pauses):
+    server = serve(shards)
+    server.ranges = "none"
+    assert _documents(f"{server.address}/0.jsonl.gz") == texts[0::2]
+    server.faults = ["drop"]
+    with pytest.raises(ConnectionError, match="the network failed 1 times"):
+        _documents(f"{server.address}/0.jsonl.gz")
 
 
 def test_addresses_that_lead_to_nothing_are_refused(serve, shards):

@@ -36,6 +36,17 @@ def test_a_dataset_that_is_none_is_refused(tmp_path, small_dataset):
             tokens.open_dataset(folder)
     with pytest.raises(InputError, match="no such folder"):
         tokens.open_dataset(tmp_path / "nowhere")
+    whole, info = datasets.load_from_disk(small_dataset), Path(small_dataset) / tokens.INFO_FILE
+    for rows, kept, words in (
+        (len(whole), ["input_ids"], "lacks document"),
+        (0, ["input_ids", "document"], "does not open|lacks contexts"),
+    ):
+        whole.select(range(rows)).select_columns(kept).save_to_disk(tmp_path / words[:5])
+        (tmp_path / words[:5] / info.name).write_text(
+            json.dumps(json.loads(info.read_text()) | {"rows": rows})
+        )
+        with pytest.raises(InputError, match=words):
+            tokens.open_dataset(tmp_path / words[:5])
 
 
 def test_contexts_are_read_in_the_order_asked_for(tmp_path):

@@ -262,6 +262,7 @@ def test_killed_at_ten_random_moments_the_bytes_are_the_same(start, tmp_path, un
         while any(Path(f"/proc/{orphan}/cwd").exists() for orphan in orphans):
             assert time.monotonic() < deadline, "workers stay behind when their run is killed"
             time.sleep(0.01)
+        assert "BrokenPipe" not in run.communicate()[1]
     run = start(tmp_path / "out")
     said, errors = run.communicate(timeout=200)
     assert run.returncode == 0, errors
