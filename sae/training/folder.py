@@ -118,12 +118,9 @@ class RunFolder:
 def held_out(event):
     """A checkpoint's held-out figures in a line."""
     low, high = event["loss_recovered_interval"] or (None, None)
+    values = event["explained_variance"], event["loss_recovered"], low, high
+    variance, recovered, low, high = ("undefined" if one is None else f"{one:.3f}" for one in values)
     return (
-        f"L0 {event['l0']:.1f}, explained variance {_three(event['explained_variance'])}, loss recovered "
-        f"{_three(event['loss_recovered'])} (95%: {_three(low)} to {_three(high)}; {event['ce_sae']:.3f} for "
-        f"{event['ce']:.3f}), dead {event['dead_share']:.1%}"
+        f"L0 {event['l0']:.1f}, explained variance {variance}, loss recovered {recovered} "
+        f"(95%: {low} to {high}; {event['ce_sae']:.3f} for {event['ce']:.3f}), dead {event['dead_share']:.1%}"
     )
-
-
-def _three(value):
-    return "undefined" if value is None else f"{value:.3f}"

@@ -119,11 +119,9 @@ def prepare(flags):
     documents = dataset.with_format("numpy")["document"][:]
     training_rows, held_out_rows = split_held_out(documents, held_out_contexts(flags, info), flags["seed"])
     path, singles, resume = Path(flags["save_path"]), sweep.combinations(flags), flags["resume"]
-    counted = info, hookpoint, width, llm.dtype, len(training_rows)
-    configs, paths = (
-        [run_config(one, *counted) for one in singles.values()],
-        [path / name for name in singles],
-    )
+    read = info, hookpoint, width, llm.dtype, len(training_rows)
+    configs = [run_config(one, *read) for one in singles.values()]
+    paths = [path / name for name in singles]
     preload, writes = configs[0]["num_batches_preload"], not flags["dry_run"]
     if writes:
         sweep.check_place(path, singles)
@@ -152,29 +150,27 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
 
     Raises InputError for flags that do not fit the hookpoint's width or the dataset's contexts.
     """
-    config = {k: v for k, v in flags.items() if k not in FREE_FLAGS and not k.endswith("_hookpoint")}
     if flags["act_vec_size"] not in (None, act_vec_size):
         raise InputError(f"--act_vec_size {act_vec_size} needed by {hookpoint}, got {flags['act_vec_size']}")
-    context = flags["num_tokens"] or info["min_tokens"]
-    if context > info["min_tokens"] or flags["skip_positions"] >= context:
+    context, skipped = flags["num_tokens"] or info["min_tokens"], flags["skip_positions"]
+    if context > info["min_tokens"] or skipped >= context:
         raise InputError(
             f"--num_tokens up to {info['min_tokens']} (the dataset's contexts) and --skip_positions below it "
-            f"needed, got {flags['num_tokens']} and {flags['skip_positions']}"
+            f"needed, got {flags['num_tokens']} and {skipped}"
         )
-    config["context_rows"] = context - flags["skip_positions"]
-    epoch_batches = training_contexts * config["context_rows"] // flags["batch_size_autoencoder"]
-    if epoch_batches == 0:
+    tokens, batch_size = training_contexts * (context - skipped), flags["batch_size_autoencoder"]
+    if tokens < batch_size:
         raise InputError(
-            f"--batch_size_autoencoder {flags['batch_size_autoencoder']} needs as many tokens to train on, "
-            f"the dataset has {training_contexts * config['context_rows']}"
+            f"--batch_size_autoencoder {batch_size} needs so many tokens to train on, there are {tokens}"
         )
-    num_batches = flags["num_batches"] or epoch_batches
-    preload = flags["num_batches_preload"] and min(flags["num_batches_preload"], num_batches)
+    num_batches = flags["num_batches"] or tokens // batch_size
     dict_vec_size = flags["dict_vec_size"] or 4 * act_vec_size
-    return config | {
-        "num_batches": num_batches, "epoch_batches": epoch_batches,
-        "num_batches_preload": preload, "training_contexts": training_contexts, "act_vec_size": act_vec_size,
-        "dict_vec_size": dict_vec_size, "hookpoint": hookpoint,
+    preload = flags["num_batches_preload"] and min(flags["num_batches_preload"], num_batches)
+    given = {k: v for k, v in flags.items() if k not in FREE_FLAGS and not k.endswith("_hookpoint")}
+    return given | {
+        "num_batches": num_batches, "epoch_batches": tokens // batch_size, "num_batches_preload": preload,
+        "training_contexts": training_contexts, "context_rows": context - skipped, "hookpoint": hookpoint,
+        "act_vec_size": act_vec_size, "dict_vec_size": dict_vec_size,
         "dtype_llm": str(dtype_llm).removeprefix("torch."),
         "model_fingerprint": models.model_fingerprint(flags["model_name"]),
         "dataset_fingerprint": info["fingerprint"], "tokenizer_name": info["tokenizer_name"],
@@ -186,66 +182,66 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
     """Settle the batches in the shuffle buffer so that all fits; returns them and a line for the user.
 
     preload: None for the default, which fills at most half of the memory that is left; a given one may fill
-    0.9 of it. llm, autoencoder: (device, dtype); the buffer lies with the autoencoders in the LLM's dtype.
-    Raises InputError where it cannot fit.
+    0.9 of it. llm, autoencoder: Places; the buffer lies with the autoencoders in the LLM's dtype. Raises
+    InputError where it cannot fit.
     """
-    (llm_device, llm_dtype), (device, dtype), config = llm, autoencoder, configs[0]
-    D, N = config["act_vec_size"], config["batch_size_autoencoder"]
-    text = skeleton.config.get_text_config()
-    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    tokens = config["batch_size_llm"] * config["min_tokens"]
-    weights = sum(parameter.numel() for parameter in skeleton.parameters())
+    config, device = configs[0], autoencoder.device
+    num_batches, N = config["num_batches"], config["batch_size_autoencoder"]
     parts = {
-        # Checkpoints need two batches of its logits as well, and a few of one context in float32.
-        "LLM": (weights + tokens * (3 * widest + 4 * text.hidden_size + 2 * text.vocab_size))
-        * llm_dtype.itemsize
-        + config["min_tokens"] * text.vocab_size * 16,
-        "autoencoder": sum(_lasting_bytes(one, dtype) for one in configs)
-        + max(_passing_bytes(one, dtype) for one in configs),
+        "LLM": (llm.device, _llm_bytes(config, skeleton, llm.dtype)),
+        "autoencoder": (device, _autoencoder_bytes(configs, autoencoder.dtype)),
     }
-    free = {place: _free_bytes(place) for place in (llm_device, device)}
-    left = dict(free)
-    for part, place in (("LLM", llm_device), ("autoencoder", device)):
-        left[place] -= parts[part]
+    left = {place: _free_bytes(place) for place, _ in parts.values()}
+    for part, (place, size) in parts.items():
+        left[place] -= size
         if left[place] < 0:
             raise InputError(
-                f"{parts[part] / 1e9:.2f} GB for the {part} needed on {place}, {-left[place] / 1e9:.2f} too "
-                "much: take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
+                f"{size / 1e9:.2f} GB for the {part} needed on {place}, {-left[place] / 1e9:.2f} too much: "
+                "take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
             )
-    batch_bytes = N * (D * llm_dtype.itemsize + 24)  # and the rows' places in the shuffled order
-    wanted = min(preload or DEFAULT_PRELOAD, config["num_batches"])
+    batch_bytes = N * (config["act_vec_size"] * llm.dtype.itemsize + 24)  # and the rows' places in the order
+    wanted = min(preload or DEFAULT_PRELOAD, num_batches)
     fits = int(left[device] * (0.9 if preload else 0.5) / batch_bytes)
-    if fits < 1 or (preload and wanted > fits):
+    if fits < (wanted if preload else 1):
         raise InputError(
             f"--num_batches_preload {wanted} needs {wanted * batch_bytes / 1e9:.2f} GB on {device}, where "
             f"{left[device] / 1e9:.2f} GB are left: at most {fits}"
         )
     settled = min(wanted, fits)
-    sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
-    line = (
-        f"memory, GB: {sizes}, buffer {settled * batch_bytes / 1e9:.2f} ({settled} batches"
-        f"{f' of {wanted}: more would fill over half of what is left' if settled < wanted else ''}); "
-        f"LLM in {config['dtype_llm']} on {llm_device}, autoencoder in float32 on {device}, its products in "
-        f"{str(dtype).removeprefix('torch.')}\n"
-        f"data: {config['num_batches']} batches of {N} tokens to train, {config['epoch_batches']} in an epoch"
-        f"{'; each epoch comes in a new order' if config['num_batches'] > config['epoch_batches'] else ''}"
+    sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, (_, size) in parts.items())
+    fewer = f" of {wanted}: more would fill over half of what is left" if settled < wanted else ""
+    again = "; each epoch comes in a new order" if num_batches > config["epoch_batches"] else ""
+    return settled, (
+        f"memory, GB: {sizes}, buffer {settled * batch_bytes / 1e9:.2f} ({settled} batches{fewer}); LLM in "
+        f"{config['dtype_llm']} on {llm.device}, autoencoder in float32 on {device}, its products in "
+        f"{str(autoencoder.dtype).removeprefix('torch.')}\n"
+        f"data: {num_batches} batches of {N} tokens to train, {config['epoch_batches']} in an epoch{again}"
     )
-    return settled, line
 
 
-def _lasting_bytes(config, dtype):
-    """Weights, gradients and Adam's two moments; copies for the products and room for a gradient."""
-    matrix = config["act_vec_size"] * config["dict_vec_size"]
-    return matrix * (2 * 4 * 4 + (0 if dtype == torch.float32 else 3 * dtype.itemsize))
+def _llm_bytes(config, skeleton, dtype):
+    """Weights, activations, two batches of logits (of checkpoints), a few of one context in float32."""
+    text = skeleton.config.get_text_config()
+    widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    token = 3 * widest + 4 * text.hidden_size + 2 * text.vocab_size
+    numbers = sum(one.numel() for one in skeleton.parameters())
+    numbers += config["batch_size_llm"] * config["min_tokens"] * token
+    return numbers * dtype.itemsize + config["min_tokens"] * text.vocab_size * 16
 
 
-def _passing_bytes(config, dtype):
-    """What a step, a checkpoint or a revival needs for a moment: two matrices of weights, numbers of a batch.
+def _autoencoder_bytes(configs, dtype):
+    """Measured with each architecture, dense and sparse.
 
-    And what the allocator keeps; measured with each architecture, dense and sparse.
+    What lasts, of each: weights, gradients and Adam's two moments; copies for the products and room for a
+    gradient. What the largest needs for a moment: two matrices, numbers of a batch; what the allocator keeps.
     """
-    D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
-    return 2**27 + 2 * D * F * 4 + max(N * (4 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4)
+    lasting, passing = 0, []
+    for config in configs:
+        D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
+        lasting += D * F * (2 * 4 * 4 + (0 if dtype == torch.float32 else 3 * dtype.itemsize))
+        step, checkpoint = N * (4 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4
+        passing.append(2 * D * F * 4 + max(step, checkpoint))
+    return lasting + max(passing) + 2**27
 
 
 def _free_bytes(device):
@@ -268,33 +264,33 @@ def stream_start(config, batch):
 
     Returns (number of the LLM batch, its rows to leave out, number of LLM batches up to the run's end).
     """
-    rows_per_llm_batch = config["batch_size_llm"] * config["context_rows"]
+    rows, size = config["batch_size_llm"] * config["context_rows"], config["batch_size_autoencoder"]
     block = batch // config["num_batches_preload"] * config["num_batches_preload"]
-    first, skip = divmod(block * config["batch_size_autoencoder"], rows_per_llm_batch)
-    return first, skip, -(-config["num_batches"] * config["batch_size_autoencoder"] // rows_per_llm_batch)
+    return *divmod(block * size, rows), -(-config["num_batches"] * size // rows)
 
 
 def stream(run, model, module, batch, stopping=lambda: False):
     """The ShuffleBuffer that gives batch number `batch` next; KeyboardInterrupt on `stopping()`."""
     config, device = run.config, run.autoencoder.device
     first, skip, last = stream_start(config, batch)
-    size, seed = config["batch_size_autoencoder"], config["seed"]
-    order = llm_batches(len(run.training_rows), config["batch_size_llm"], seed, first)
-    order = tqdm(
-        itertools.islice(order, last - first), "LLM", last - first, unit="forward", position=1, leave=False
-    )
+    order = llm_batches(len(run.training_rows), config["batch_size_llm"], config["seed"], first)
+    order = itertools.islice(order, last - first)
+    order = tqdm(order, "LLM", last - first, unit="forward", position=1, leave=False)
     contexts = itertools.chain.from_iterable(run.contexts(run.training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, config["skip_positions"])
     if device != run.llm.device:
         rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
-    rows = cli.until(stopping, rows)
-    return ShuffleBuffer(rows, size, config["num_batches"], config["num_batches_preload"], seed, device, skip)
+    sizes = [
+        config[name] for name in ("batch_size_autoencoder", "num_batches", "num_batches_preload", "seed")
+    ]
+    return ShuffleBuffer(cli.until(stopping, rows), *sizes, device, skip)
 
 
 def loop(run, model, module, trainers, buffer):
     """Train to the end and keep what is to be kept; yields after each step what the bar shows of it."""
     config, logs = run.config, {}
-    plan = Resampling.of(config["neuron_resampling_method"], config["neuron_resampling_interval"])
+    method = config["neuron_resampling_method"]
+    plan = method and Resampling(method, config["neuron_resampling_interval"])
     num_batches, interval = config["num_batches"], config["batches_between_ckpt"]
     judge = run.judge(model, module)
     for events in train(trainers, buffer, num_batches, plan, config["seed"]):
@@ -314,31 +310,26 @@ def loop(run, model, module, trainers, buffer):
 
 
 def timed_steps(run, model, module, trainers):
-    """One line: the time a run takes, from two LLM batches and two training steps after one of each."""
-    size, device = run.config["batch_size_autoencoder"], run.autoencoder.device
-    (ids_BT,) = run.contexts(run.training_rows[: run.config["batch_size_llm"]])
-    skip = run.config["skip_positions"]
-
-    def forward():
-        return next(activations.activation_rows(model, module, [ids_BT], skip)).to(device)
-
-    def step():
-        for trainer in trainers:
-            trainer.step(batch_ND)
-        return torch.stack([trainer.losses[-1] for trainer in trainers])
-
-    def seconds(work):
-        work().sum().item()  # reading a number waits for the device
+    """One line: the time a run takes, by the fastest of three LLM batches and of three training steps."""
+    config, device = run.config, run.autoencoder.device
+    (ids_BT,), size = (
+        run.contexts(run.training_rows[: config["batch_size_llm"]]),
+        config["batch_size_autoencoder"],
+    )
+    llm, own = [], []
+    for _ in range(3):
         started = time.perf_counter()
-        for _ in range(2):
-            last = work()
-        last.sum().item()
-        return (time.perf_counter() - started) / 2
-
-    rows_ND = forward()
-    batch_ND = rows_ND[torch.arange(size, device=device) % len(rows_ND)]
-    llm, own = seconds(forward) * size / len(rows_ND), seconds(step)
+        rows_ND = next(activations.activation_rows(model, module, [ids_BT], config["skip_positions"])).to(
+            device
+        )
+        rows_ND.sum().item()  # reading a number waits for the device
+        read = time.perf_counter()
+        for trainer in trainers:
+            trainer.step(rows_ND[torch.arange(size, device=device) % len(rows_ND)])
+            trainer.losses[-1].sum().item()
+        llm.append((read - started) * size / len(rows_ND))
+        own.append(time.perf_counter() - read)
     # With a device each they work at once.
-    batch_seconds = llm + own if device == run.llm.device else max(llm, own)
-    minutes = batch_seconds * run.config["num_batches"] / 60
-    return f"expected: {minutes:.1f} minutes at {size / batch_seconds:.0f} tokens/s, checkpoints aside"
+    seconds = min(llm) + min(own) if device == run.llm.device else max(min(llm), min(own))
+    minutes = seconds * config["num_batches"] / 60
+    return f"expected: {minutes:.1f} minutes at {size / seconds:.0f} tokens/s, checkpoints aside"

@@ -147,22 +147,17 @@ class Trainer:
         self.finite_losses()  # else inputs would be drawn by weights that are no numbers
         dead_K = (self.silent_F >= plan.window).nonzero()[:, 0]
         rng = np.random.default_rng([seed, 2, self.batch])
-        slots = buffer.sample(resampling.NUM_INPUTS, rng)
-        probe = buffer.rows(slots[: buffer.batch_size])
-        loss_before = self._row_losses(probe).mean().item()
         if plan.method == "replacement":
             resampling.revive_at_random(self.autoencoder, self.optimizer, dead_K, rng)
         elif len(dead_K):
+            slots = buffer.sample(resampling.NUM_INPUTS, rng)
             losses = [self._row_losses(buffer.rows(part)).cpu() for part in slots.split(buffer.batch_size)]
             picked = resampling.pick_inputs(torch.cat(losses), len(dead_K), rng)
             inputs_KD = self._inputs(buffer.rows(slots[picked.to(slots.device)]))
             resampling.revive_from_inputs(self.autoencoder, self.optimizer, dead_K, inputs_KD)
         self._refresh()
         self.silent_F[dead_K] = 0
-        return {
-            "event": "resample", "method": plan.method, "revived": len(dead_K),
-            "loss_before": loss_before, "loss_after": self._row_losses(probe).mean().item(),
-        }  # fmt: skip
+        return {"event": "resample", "method": plan.method, "revived": len(dead_K)}
 
     def finite_losses(self):
         """Losses since the last log line [batches, 3]; InputError names the first that is not finite."""
@@ -189,8 +184,7 @@ class Trainer:
 
     def state(self):
         """All of it as plain values and tensors; `restore` is its mirror."""
-        counters = {name: getattr(self, name) for name in _COUNTERS}
-        return counters | {
+        return {name: getattr(self, name) for name in _COUNTERS} | {
             "losses": torch.stack(self.losses) if self.losses else torch.zeros(0, 3),
             "weights": self.autoencoder.state_dict(),
             "adam": self.optimizer.state_dict(),
@@ -215,28 +209,21 @@ _COUNTERS = ("batch", "fired_RF", "silent_F")
 def new_trainer(config, device, matmul_dtype):
     """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave."""
     rng = torch.Generator().manual_seed(config["seed"])
-    sizes = config["act_vec_size"], config["dict_vec_size"]
-    autoencoder = Autoencoder(
-        *sizes, config["normalize_dataset"], rng, device, config["architecture"], config["k"]
-    )
+    sizes, normalize = (config["act_vec_size"], config["dict_vec_size"]), config["normalize_dataset"]
+    autoencoder = Autoencoder(*sizes, normalize, rng, device, config["architecture"], config["k"])
     # Of a short run not more than its second half: the first batches fire like nothing that comes later.
     window = min(FREQUENCY_TOKENS // config["batch_size_autoencoder"], config["num_batches"] // 2)
-    block = max(1, window // FREQUENCY_BLOCKS)
     return Trainer(
         autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype,
         schedule=steps.Schedule(*(config[name] for name in steps.Schedule._fields)),
-        target_l0=config["target_l0"], scale_dataset=config["scale_dataset"], auxk=config["auxk"],
-        frequency_block=block,
+        frequency_block=max(1, window // FREQUENCY_BLOCKS),
+        **{name: config[name] for name in ("target_l0", "scale_dataset", "auxk")},
     )  # fmt: skip
 
 
 class Resampling(NamedTuple):
     method: str  # replacement | anthropic
     interval: int  # batches
-
-    @classmethod
-    def of(cls, method, interval):
-        return cls(method, interval) if method else None
 
     @property
     def window(self):

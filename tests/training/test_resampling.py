@@ -133,13 +133,11 @@ def test_who_counts_as_dead(method):
 def test_anthropic_draws_from_the_buffer():
     rows_ND = torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
     trainer = one_sided({0})
-    event, _buffer = run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
+    run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
     ae = trainer.autoencoder
     directions = torch.nn.functional.normalize(rows_ND - ae.b_dec, dim=1)
     for feature in (1, 2, 3):
         assert (directions @ ae.W_dec[feature]).max() > 1 - 1e-5
-    assert event["loss_before"] > 0
-    assert event["loss_after"] != event["loss_before"]
 
 
 def test_same_seed_same_revival():
