@@ -58,6 +58,7 @@ def parse_args():
     for layer_type, module in HOOKPOINTS.items():
         add(f"--{layer_type}_hookpoint", default=module, metavar="MODULE", help="its module; {} is the layer")
     add("--resume", action="store_true", help="go on with the run in save_path; needs the same flags")
+    add("--tensorboard", action="store_true", help="write the metrics for TensorBoard as well")
     add("--seed", type=cli.SEED, default=0, help="of the data's order, the first weights and the revivals")
     add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
     add("--skip_positions", type=count, default=0, help="leave out the first N tokens of every context")

@@ -20,6 +20,15 @@ def saved_preload(paths):
     return _load_resume(found[0])["config"]["num_batches_preload"] if found else None
 
 
+def tensorboard():
+    """The class that writes for TensorBoard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as err:
+        raise InputError(f"--tensorboard needs its package (pip install tensorboard): {err}") from err
+    return SummaryWriter
+
+
 def _load_resume(path):
     # Mapped, not read: what is put into the trainer is copied out of it piece by piece.
     return load_pt(path, "the state of a run", ("config", "trainer", "metrics_bytes"), mmap=True)
@@ -32,8 +41,9 @@ class RunFolder:
     to go on with was started with other flags.
     """
 
-    def __init__(self, path, config, resume):
+    def __init__(self, path, config, resume, writer=None):
         self.path, self.config, self.saved_at = Path(path), config, time.monotonic()
+        self._writer, self._board = writer, None  # for TensorBoard: the class, and one of it from `start` on
         self._metrics, started = self.path / "metrics.jsonl", any(self.path.glob("*.pt"))
         if resume and started and not (self.path / "resume.pt").exists():
             raise InputError(f"--resume needs {path}/resume.pt, which is not there")
@@ -78,10 +88,16 @@ class RunFolder:
             self._saved = None
         else:
             self.save_resume(trainer)
+        if self._writer:
+            self._board = self._writer(str(self.path / "tensorboard"), purge_step=trainer.batch + 1)
 
     def append(self, events):
         self._handle.writelines(f"{json.dumps(event)}\n".encode() for event in events)
         self._handle.flush()
+        for event in events if self._board else ():
+            for name, value in event.items():
+                if isinstance(value, int | float) and name != "batch":
+                    self._board.add_scalar(f"{event['event']}/{name}", value, event["batch"])
 
     def metrics(self):
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
@@ -93,6 +109,8 @@ class RunFolder:
         """All that only going on needs, in one atomic file."""
         trainer.finite_losses()  # refuses to replace a good state by a broken one
         os.fsync(self._handle.fileno())
+        if self._board:
+            self._board.flush()
         size = os.fstat(self._handle.fileno()).st_size
         state = {"config": self.config, "trainer": trainer.state(), "metrics_bytes": size}
         save_pt(self.path / "resume.pt", state)

@@ -19,14 +19,14 @@ from sae.tokens import check_tokenizer, open_dataset, read_contexts
 from sae.training import steps, sweep
 from sae.training.buffer import ShuffleBuffer, llm_batches
 from sae.training.evaluation import SLICE, Judge, split_held_out
-from sae.training.folder import RunFolder, saved_preload
+from sae.training.folder import RunFolder, saved_preload, tensorboard
 from sae.training.probe import token_classes
 from sae.training.trainer import Resampling, new_trainer, train
 
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {
     "resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder", "trust_remote_code",
-    "allow_other_tokenizer",
+    "allow_other_tokenizer", "tensorboard",
 }  # fmt: skip
 DEFAULT_PRELOAD = 25000
 BAR = {"loss": "{loss:.4g}", "L0": "{l0:.1f}", "dead": "{dead}"}  # of the newest lines of the logs
@@ -129,7 +129,8 @@ def prepare(flags):
             preload = saved_preload(paths)
     preload, plan = plan_memory(configs, preload, skeleton, llm, autoencoder)
     configs = [config | {"num_batches_preload": preload} for config in configs]
-    folders = [RunFolder(*one, resume) for one in zip(paths, configs, strict=True)] if writes else []
+    writer = tensorboard() if flags["tensorboard"] else None
+    folders = [RunFolder(*one, resume, writer) for one in zip(paths, configs, strict=True)] if writes else []
     data, places = (dataset, documents, training_rows, held_out_rows), (llm, autoencoder)
     run = Run(configs, *data, *places, plan, path, folders, trust_remote_code)
     if run.finished:

@@ -1,11 +1,16 @@
 """The folder of a run: what is written when, and what happens when writing fails."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 
 from sae import InputError
 from sae.autoencoder import Autoencoder
-from sae.training.folder import RunFolder
+from sae.training.folder import RunFolder, tensorboard
 from sae.training.trainer import Trainer
 
 FIGURES = {
@@ -24,7 +29,7 @@ def rows(count, seed=1):
     return torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)) * 3
 
 
-def started(path):
+def started(path, board=None):
     """A folder and its trainer after one batch of 8 rows."""
     config = {
         "batch_size_autoencoder": 8,
@@ -32,7 +37,7 @@ def started(path):
         "model_name": "tiny",
         "hookpoint": "model.layers.1",
     }
-    folder, trainer = RunFolder(path, config, resume=False), Trainer(Autoencoder(6, 20), 1e-2, 0.3)
+    folder, trainer = RunFolder(path, config, False, board), Trainer(Autoencoder(6, 20), 1e-2, 0.3)
     trainer.step(rows(8))
     folder.start(trainer)
     return folder, trainer
@@ -66,3 +71,44 @@ def test_a_picture_of_a_revival_before_the_first_line_of_the_log(tmp_path, capsy
     folder.save_checkpoint(trainer, FIGURES | {"l0": 0.0})
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"1.png", "loss_curves.png"}
     assert capsys.readouterr().err == ""
+
+
+def test_tensorboard_gets_what_the_metrics_hold(tmp_path):
+    """A run that goes on takes back what was written after its last save."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, trainer = started(tmp_path / "run", tensorboard())
+    for number in (2, 3):
+        trainer.step(rows(8, number))
+        folder.append(
+            [{"event": "log", "batch": number, "tokens": 8 * number, "loss": number / 7, "dead": 1}]
+        )
+        if number == 2:
+            folder.save_checkpoint(trainer, FIGURES | {"l0": 4.5})
+    folder._board.flush()
+    config, _ = folder.config, folder._handle.close()
+    again = RunFolder(tmp_path / "run", config, True, tensorboard())
+    again.start(trainer)
+    assert trainer.batch == 2
+    trainer.step(rows(8, 3))
+    again.append([{"event": "log", "batch": 3, "tokens": 24, "loss": 0.25, "dead": 2, "words": "left out"}])
+    again.save_resume(trainer)
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    lines = again.metrics()
+    for name in ("loss", "dead", "tokens"):
+        want = [(line["batch"], line[name]) for line in lines if line["event"] == "log"]
+        assert [(one.step, pytest.approx(one.value)) for one in board.Scalars(f"log/{name}")] == want
+    assert board.Scalars("checkpoint/l0")[0].value == 4.5
+    assert "checkpoint/loss_recovered" not in board.Tags()["scalars"]
+
+
+def test_tensorboard_that_is_not_there_is_a_line(tmp_path):
+    """A package that cannot be imported stands in for one that is not installed."""
+    (tmp_path / "tensorboard.py").write_text("raise ImportError('no such package')")
+    code = "from sae.training.folder import tensorboard; tensorboard()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
+                          env=os.environ | {"PYTHONPATH": f"{tmp_path}"})  # fmt: skip
+    assert (
+        "InputError: --tensorboard needs its package (pip install tensorboard): no such package"
+        in done.stderr
+    )
