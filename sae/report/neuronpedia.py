@@ -93,20 +93,15 @@ def write(folder, run, model):
     config, features = run.samples.config, run.samples.features.tolist()
     name = f"{config['layer_type']}-{config['dict_vec_size']}"
     about = {"model_id": model, "layer": config["layer_id"], "sae_set": name}
+    source = f"{config['layer_id']}-{name}"
     (folder / "explanations").mkdir()
     for number, first in enumerate(range(0, len(features), FEATURES)):
         dims = features[first : first + FEATURES]
         batch = {"sae_id_suffix": None, "features": [dashboard(run, first + i) for i in range(len(dims))]}
         (folder / f"batch-{number}.json").write_text(json.dumps(about | batch))
-        found = [
-            explanation(run.journal[dim], model, f"{config['layer_id']}-{name}")
-            for dim in dims
-            if dim in run.journal
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in found)
-        (folder / "explanations" / f"batch-{number}.jsonl.gz").write_bytes(
-            gzip.compress(text.encode(), mtime=0)
-        )
+        found = [explanation(run.journal[dim], model, source) for dim in dims if dim in run.journal]
+        lines = gzip.compress("".join(json.dumps(row) + "\n" for row in found).encode(), mtime=0)
+        (folder / "explanations" / f"batch-{number}.jsonl.gz").write_bytes(lines)
     settings = about | size(run) | {"sae_path": config.get("autoencoder_path", ""), "outputs_dir": "."}
     (folder / "run_settings.json").write_text(json.dumps(settings | {"n_features_at_a_time": FEATURES}))
     skipped = sorted(set(range(config["dict_vec_size"])) - set(features))

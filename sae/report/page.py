@@ -192,10 +192,8 @@ def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics
         checkpoint = load_checkpoint(autoencoder_path)
         check_origin(what, samples.autoencoder_fingerprint, checkpoint.fingerprint, autoencoder_path)
         cosines_FN, others_FN = nearest(checkpoint.autoencoder.W_dec, samples.features, NEAR)
-        near = [
-            list(zip(*row, strict=True))
-            for row in zip(others_FN.tolist(), cosines_FN.double().numpy().round(3).tolist(), strict=True)
-        ]
+        cosines = cosines_FN.double().numpy().round(3).tolist()
+        near = [list(zip(*row, strict=True)) for row in zip(others_FN.tolist(), cosines, strict=True)]
         metrics_path = metrics_path or Path(autoencoder_path).parent / "metrics.jsonl"
     if metrics_path:
         metrics = read_metrics(metrics_path, samples.config.get("trained_batches"))

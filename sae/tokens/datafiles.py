@@ -133,9 +133,7 @@ def _parquet_rows(stream, columns):
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(stream)
-    return _table_rows(
-        file.schema_arrow, columns, lambda names: file.iter_batches(ROWS_AT_ONCE, columns=names)
-    )
+    return _table_rows(file.schema_arrow, columns, partial(file.iter_batches, ROWS_AT_ONCE))
 
 
 def _arrow_rows(stream, columns):
@@ -146,16 +144,16 @@ def _arrow_rows(stream, columns):
     reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
 
-    def pieces(names):
+    def pieces(columns):
         for batch in batches:
             for start in range(0, len(batch), ROWS_AT_ONCE):
-                yield batch.slice(start, ROWS_AT_ONCE).select(names)
+                yield batch.slice(start, ROWS_AT_ONCE).select(columns)
 
     return _table_rows(reader.schema, columns, pieces)
 
 
 def _table_rows(schema, columns, batches):
-    """The rows of `batches(names)`, with those of `columns` that there are.
+    """The rows of `batches(columns=...)`, with those of `columns` that there are.
 
     Where these are not known, all that can hold text are read; the others (images) hold bytes, no text.
     """
@@ -165,7 +163,7 @@ def _table_rows(schema, columns, batches):
     light = [field.name for field in schema if not any(test(field.type) for test in heavy)]
     names = [name for name in schema.names if name in columns] if columns else light
     unread = {} if columns else dict.fromkeys(schema.names, b"")
-    for batch in batches(names):
+    for batch in batches(columns=names):
         for row in batch.to_pylist() if names else [{}] * len(batch):
             yield unread | row
 

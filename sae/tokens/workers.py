@@ -76,10 +76,8 @@ def _work(connection, opened, tokenizer_json, plan, process, state):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from sae.tokens.exact import ExactTokenizer
 
-    readers = [
-        partial(sources.read_documents, source, plan["seed"], process, plan["num_processes"])
-        for source in opened
-    ]
+    which = plan["seed"], process, plan["num_processes"]
+    readers = [partial(sources.read_documents, source, *which) for source in opened]
     documents, made = sources.alternate(readers, state.position), []
     with suppress(BrokenPipeError):  # the run has ended
         try:
