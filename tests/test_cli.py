@@ -32,6 +32,8 @@ def test_number_refuses(text):
 def test_number():
     assert cli.number(above=0, below=1)("0.5") == 0.5
     assert cli.number(least=0)("0") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="needs a finite number, at least 0, got 'inf'"):
+        cli.number(least=0)("inf")
 
 
 @pytest.mark.parametrize("name", ["cuda:97", "quantum", "mps:x"])

@@ -13,7 +13,7 @@ from conftest import assert_refused, run_module, write_dataset
 
 from sae import InputError
 from sae.artifacts import fingerprint
-from sae.autoencoder import Autoencoder, save_checkpoint
+from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
 from sae.report import page as report
 from sae.samples import Samples, save_samples
 
@@ -136,7 +136,10 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
         shown = "".join(data["tokens"][id] for id in packed.token[packed.context[pair]])
         assert shown == tokenizer.decode(dataset[row]["input_ids"])
     assert data["features"][0][5] == {"interpretation": "a & <b>"} and "a & <b>" not in page
-    assert data["near"][0][0][0] == 12 and data["near"][1][0][0] == 7
+    rows = load_checkpoint(checkpoint).autoencoder.W_dec
+    cosine = round((rows[7] @ rows[12]).item(), 3)
+    assert data["near"][0][0] == [12, cosine] and data["near"][1][0] == [7, cosine]
+    assert len(data["near"][0]) == 6
     assert data["metrics"]["explained_variance"] == 0.876
     assert "src=" not in page.replace("src=x", "") and 'href="http' not in page
     # The samples name their checkpoint; without it the page says less.
@@ -166,9 +169,10 @@ def test_contexts_shown_and_scored_keep_their_roles_and_their_simulation(tmp_pat
         "simulated": [*simulated, [1.0]],
     }  # fmt: skip
     fires = {7: {0: {3: 2.0}, 1: {4: 0.5}, 2: {}}, 12: {0: {9: 4.0}}}
-    write_run(tmp_path, small_dataset, smollm2, fires, 64, [document])
+    other = {"dim": 12, "interpretation": "y", "scored": document["shown"]}  # no simulation is known
+    write_run(tmp_path, small_dataset, smollm2, fires, 64, [document, other])
     _, packed = data_of(report.build([tmp_path / "samples.pt"], small_dataset))
-    assert packed.role.tolist() == [report.SHOWN, report.SIMULATED, report.SIMULATED, 0]
+    assert packed.role.tolist() == [report.SHOWN, report.SIMULATED, report.SIMULATED, report.SCORED]
     assert packed.read.tolist() == [[1, 64], [1, 64], [10, 13], [1, 64]], "position 0 is skipped"
     # In 255ths between the least and the greatest value anywhere: here 0.2 and 1.
     assert len(packed.simulated) == 2 and packed.simulated[1].nonzero()[0].tolist() == [10, 12]

@@ -236,6 +236,8 @@ def test_a_band_with_few_features_says_which_would_hold_more():
     hint = "of 91 features that fire --log_freq_lower -3 would hold 41, -4 would hold 91"
     assert wider_band(frequency, -2.0, -0.1) == hint
     assert wider_band(frequency, -3.0, -0.1) == ""  # 41 of 91 are enough
+    tenth = torch.tensor([-1.0] + [-2.5] * 9)
+    assert wider_band(tenth, -2.0, -0.1) == "" != wider_band(tenth[[0, *range(1, 10), 9]], -2.0, -0.1)
     assert wider_band(frequency, -8.0, -3.6) == ""  # a lower limit would not help
     with pytest.raises(InputError, match=r"there is none: .*; of 91 .*-3 would hold 40, -4 would hold 90"):
         in_band(frequency, -2.0, -1.5)

@@ -133,7 +133,7 @@ def test_tables_of_every_text_type(tmp_path):
 class Flaky(http.server.ThreadingHTTPServer):
     """Serves a folder. The n-th GET meets faults[n]: None, a status, "drop" or "stall" half-way."""
 
-    daemon_threads, ranges = True, "bytes"
+    daemon_threads, ranges, heads = True, "bytes", ()
 
     def __init__(self, folder, faults):
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -161,7 +161,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self):
-        self._answer(None)
+        self._answer(self.server.heads.pop(0) if self.server.heads else None)
 
     def do_GET(self):
         self._answer(self.server.next_fault())
@@ -291,3 +291,13 @@ def test_addresses_that_lead_to_nothing_are_refused(serve, shards):
     with pytest.raises(InputError, match="the server answers 404"):
         _documents(f"{server.address}/none.parquet")
     assert len(_documents(f"{server.address}/0.jsonl.zst?download=true")) == 50
+
+
+def test_a_busy_server_is_no_address_that_leads_to_nothing(serve, shards, pauses):
+    server = serve(shards, [503])
+    server.heads = [503, 429]  # fsspec asks with HEAD and then GET, and finds no file; so it is asked again
+    assert len(_documents(f"{server.address}/0.jsonl.gz")) == 50
+    assert pauses == [1] and not server.heads
+    server.faults, server.heads = [503] * 20, [503] * 20
+    with pytest.raises(ConnectionError, match="failed 4 times in a row"):  # at the start; later 9 times
+        _documents(f"{server.address}/0.jsonl.gz")
