@@ -18,7 +18,7 @@ from sae.explanations.prompts import typed
 from sae.explanations.scoring import correlation
 
 HANDS = ("text", "counted", "lines")  # in this order, as many as are asked for; then text and lines in turn
-LEAST_MASS, LEAST_GAIN, MOST_PARTS, MOST_TRIED = 0.01, 0.015, 6, 100
+LEAST_GAIN, MOST_PARTS, MOST_TRIED = 0.015, 6, 100
 EXCERPT_TOKENS, EXCERPTS, LINE_CONTEXTS = 32, 12, 5
 # Words of nearly every explanation.
 COMMON = {
@@ -66,8 +66,8 @@ def beside_each(values, side, tokens):
 
 
 def _parts(contexts_tokens, values_CT):
-    """The Parts that hold at least LEAST_MASS of the activation."""
-    mass, total = Counter(), float(values_CT.sum())
+    """The MOST_TRIED Parts that hold most of the activation."""
+    mass = Counter()
     for tokens, values in zip(contexts_tokens, values_CT.tolist(), strict=True):
         line = set()
         for i, (token, value) in enumerate(zip(tokens, values, strict=True)):
@@ -78,7 +78,7 @@ def _parts(contexts_tokens, values_CT):
                 some += [Part(None, "in a line after", earlier) for earlier in sorted(line)]
                 mass.update(dict.fromkeys([Part(token), *some], value))
             line = set() if token == "\\n" else line | {token}
-    return [part for part, held in mass.most_common(MOST_TRIED) if held >= LEAST_MASS * total]
+    return [part for part, _ in mass.most_common(MOST_TRIED)]
 
 
 def count(contexts):

@@ -67,6 +67,7 @@ def test_a_part_holds_where_its_token_stands_beside_its_neighbour():
     assert Part("name", "after", "def").holds(tokens) == [False, True, False, False, False, False]
     assert Part(None, "before", "(").holds(tokens) == [False, True, False, False, False, False]
     assert Part("name", "in a line after", "(").holds(tokens) == [False, False, False, True, False, False]
+    assert Part(None, "in a line after", "def").holds(tokens) == [False, True, True, True, False, False]
 
 
 def test_words_of_the_grammar_are_written_as_code():

@@ -112,8 +112,9 @@ def test_judging_takes_contexts_only_where_there_is_something_to_choose(made):
 
 def test_what_a_feature_does_is_said_in_tokens(made, smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    typed = [prompts.typed(text) for text in prompts.token_texts(tokenizer, [28, 198])]
-    assert made().effects(0)["promotes"] == typed
+    said = {"promotes": [28, 198], "suppresses": [1, 2]}
+    said = {field: prompts.token_texts(tokenizer, ids) for field, ids in said.items()}
+    assert made().effects(0) == {field: list(map(prompts.typed, texts)) for field, texts in said.items()}
 
 
 def test_a_plan_holds_the_features_asked_for_in_groups(made):
