@@ -27,7 +27,7 @@ if [ ! -e $out/sizes ]; then
     rate=$(train 240 --dry_run | tee $out/dry_run.log | sed -n 's/.* at \([0-9]*\) tokens\/s.*/\1/p')
     python experiments/size_demo.py "$rate" >$out/sizes
 fi
-read -r rate batches contexts features minutes simulation <$out/sizes
+read -r rate batches contexts features minutes simulation explanations <$out/sizes
 echo "   $rate tokens/s: $batches batches to train, $contexts contexts to look at, $features features to explain"
 
 step "2/5 train an autoencoder on layer 10 of SmolLM2: 1536 activations -> 6144 features" \
@@ -48,11 +48,12 @@ if [ -z "$server" ]; then
     server=http://127.0.0.1:$port
 fi
 step "4/5 explain the first $features features, score the explanations, index them" \
-    "SmolLM2 explains itself: counts and two prompts propose, the best proposal is kept and scored." \
+    "SmolLM2 explains itself: counts and prompts propose, the best proposal is kept and scored." \
     "One to two minutes. The launcher's log is $out/explain.log."
 deepspeed --num_gpus 1 interpret_autoencoder_deepspeed.py "$server" "$key" --num_gpus 1 --parallel data \
     --dataset_path $out/tokens --interpretation_samples_path $out/samples.pt --simulation "$simulation" \
     --autoencoder_path "$out/run/$batches.pt" --interpretation_model_name $model --max_features "$features" \
+    --num_explanations "$explanations" \
     >$out/explain.log || { tail -n 5 $out/explain.log; exit 1; }
 
 step "5/5 look: the index, a search, and a page" "Best score first, as the index gives them back."
