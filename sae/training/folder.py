@@ -1,13 +1,12 @@
 """The folder of a run: checkpoints, metrics, pictures, and the state that going on needs."""
 
-import fcntl
 import json
 import os
 import time
 from pathlib import Path
 
 from sae import InputError
-from sae.artifacts import load_pt, save_pt
+from sae.artifacts import load_pt, lock, save_pt
 from sae.autoencoder import save_checkpoint
 from sae.plots import draw, frequency_histogram, loss_curves
 
@@ -52,10 +51,7 @@ class RunFolder:
         self.wrote = f"{path} was complete"  # the newest line for the user
         self.path.mkdir(parents=True, exist_ok=True)
         self._handle = open(self._metrics, "ab")  # noqa: SIM115, closed with the process: it holds the lock
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"a --save_path of its own needed, another run is writing {path}") from None
+        lock(self._handle, f"a --save_path of its own needed, another run is writing {path}")
         self._saved = self._check_saved() if resume and started else None
         for partial in self.path.rglob(".*.partial"):  # what a kill in the middle of writing left
             partial.unlink()

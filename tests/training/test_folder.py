@@ -54,6 +54,17 @@ def test_a_broken_state_is_never_saved(tmp_path):
     assert [path.name for path in tmp_path.glob("*.pt")] == ["resume.pt"]
 
 
+def test_two_runs_do_not_write_into_one_folder(tmp_path):
+    first, _trainer = started(tmp_path)
+    for resume in (False, True):
+        with pytest.raises(InputError, match="another run is writing" if resume else "holds a run"):
+            RunFolder(tmp_path, first.config, resume)
+    (tmp_path / "fresh").mkdir()
+    _other = RunFolder(tmp_path / "fresh", first.config, False)  # nothing is written there yet
+    with pytest.raises(InputError, match="of its own needed, another run is writing"):
+        RunFolder(tmp_path / "fresh", first.config, False)
+
+
 def test_pictures_never_stop_a_run(tmp_path, capsys):
     """resume.pt is written before them, and what ails them is a line."""
     folder, trainer = started(tmp_path)
