@@ -127,15 +127,14 @@ def prepare(
     made_from = config.get("dataset_fingerprint")
     check_origin(f"the autoencoder {autoencoder_path}", made_from, info["fingerprint"], dataset_path)
     name = target_model_name or config["model_name"]
-    check_target(config, name, info, trust_remote_code)
+    hookpoint = check_target(config, name, info, trust_remote_code)
     check_tokenizer(info, name, allow_other_tokenizer)
     model = models.load_model(name, llm_device, dtype_llm, trust_remote_code)
-    _, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     return Run(dataset, info, checkpoint, model, hookpoint, batch_size)
 
 
 def check_target(config, name, info, trust_remote_code=False):
-    """Refuse another model than the checkpoint's, naming both, and one without embeddings for the dataset.
+    """The hookpoint in the LLM `name`; InputError where it is another than the checkpoint's or the dataset's.
 
     The same model may lie elsewhere. Checkpoints of version 0.1 do not know its fingerprint: there it counts
     as another one when the last part of its name differs, or its width at the hookpoint.
@@ -157,3 +156,4 @@ def check_target(config, name, info, trust_remote_code=False):
             f"the model of the autoencoder ({made_from}, act_vec_size {config['act_vec_size']}) needed, "
             f"{name} is {width} wide at {hookpoint}"
         )
+    return hookpoint
