@@ -77,7 +77,7 @@ def save_pt(path, content):
             raise err.__context__ if isinstance(err.__context__, OSError) else err from None
 
 
-def load_pt(path, kind, keys, map_location="cpu", mmap=False):
+def load_pt(path, kind, keys, mmap=False):
     """Read what `save_pt` wrote. `kind` names the artifact in errors, `keys` are those it must have.
 
     mmap: the tensors stay on disk until they are looked at.
@@ -87,7 +87,7 @@ def load_pt(path, kind, keys, map_location="cpu", mmap=False):
     if not Path(path).is_file():
         raise InputError(f"{kind} needed at {path}, no such file")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as err:  # torch raises a different type for each way a file can be wrong
         if isinstance(err, OSError):
             raise

@@ -26,7 +26,7 @@ def load_tokenizer(name, trust_remote_code=False):
     return _load(AutoTokenizer, "tokenizer", name, trust_remote_code)
 
 
-def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **options):
+def load_model(name, device="cpu", dtype="auto", trust_remote_code=False):
     """The causal language model `name` on `device`, ready for inference (no gradients, no dropout).
 
     `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. Raises InputError where a weight is
@@ -34,9 +34,9 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **opti
     """
     from transformers import AutoModelForCausalLM
 
-    options |= {"dtype": pick_dtype(dtype, device), "ignore_mismatched_sizes": True}
-    options["output_loading_info"] = True
-    model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, **options)
+    told = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # in `info`, instead of an error
+    dtype = pick_dtype(dtype, device)
+    model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, dtype=dtype, **told)
     if info["mismatched_keys"]:
         weight, there, shape = min(info["mismatched_keys"])
         raise InputError(f"{weight} of shape {list(shape)} needed by the config of {name}, got {list(there)}")
