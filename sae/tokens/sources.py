@@ -213,17 +213,24 @@ def _data_reader(path, files):
 
 def _saved_files(files):
     """Without the Arrow files that `save_to_disk` does not list in its state.json: caches of that dataset."""
-    listed = {}
-    for folder in {file.parent for file in files if (file.parent / "state.json").is_file()}:
-        state = json.loads((folder / "state.json").read_text())
-        listed[folder] = {each["filename"] for each in state["_data_files"]}
-    return [file for file in files if file.parent not in listed or file.name in listed[file.parent]]
+    listed = {
+        folder: _described(folder / "state.json", "_data_files") for folder in {f.parent for f in files}
+    }
+    names = {folder: {each["filename"] for each in saved} for folder, saved in listed.items() if saved}
+    return [file for file in files if file.parent not in names or file.name in names[file.parent]]
+
+
+def _described(path, key):
+    """What a description that `datasets` wrote has under `key`; None where it is none or missing."""
+    try:
+        return json.loads(path.read_text())[key]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def _of_split(path, files, split):
     """The files whose names or folders name the split; those that name none are for training."""
-    saved = path / "dataset_dict.json"
-    own = json.loads(saved.read_text())["splits"] if saved.is_file() else []
+    own = _described(path / "dataset_dict.json", "splits") or ()
     names = {name.lower(): name for name in (split, *own)} | SPLITS
     word = re.compile(rf"(?<![a-z])({'|'.join(map(re.escape, names))})(?![a-z])")
     by_split = {}

@@ -338,6 +338,15 @@ def test_other_files_beside_data(tmp_path):
     (mixed / "a.py").write_text("x")
     with pytest.raises(InputError, match=r"data files of one kind, or source files alone, .* json, jsonl"):
         open_source(mixed)
+    # Another program's files may have the names of descriptions.
+    (mixed / "a.py").unlink()
+    for name, text in (
+        ("state.json", '{"epoch": 3}'),
+        ("dataset_dict.json", "[]"),
+        ("dataset_info.json", "{"),
+    ):
+        (mixed / name).write_text(text)
+    assert sorted(read(mixed)) == ["a b", "c", "d"]
     # A tree of source files may hold json and csv files, which are documents there.
     code = tmp_path / "code"
     write_lines(code / "package.json", {"name": "x"})
