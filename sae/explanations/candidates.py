@@ -19,7 +19,8 @@ from sae.explanations.scoring import correlation
 
 HANDS = ("text", "counted", "lines")  # in this order, as many as are asked for; then text and lines in turn
 LEAST_GAIN, MOST_PARTS, MOST_TRIED = 0.015, 6, 100
-EXCERPT_TOKENS, EXCERPTS, LINE_CONTEXTS = 32, 12, 5
+EXCERPTS, EXCERPT_TOKENS = 12, 32
+LINE_CONTEXTS, LINE_TOKENS = 4, 20  # lines are long: six times the tokens of the same text
 # Words of nearly every explanation.
 COMMON = {
     "", "the", "a", "an", "and", "or", "of", "on", "in", "to", "that", "which", "is", "are", "such", "as",
@@ -191,7 +192,7 @@ def excerpts(contexts, _maximum):
 
 def numbers(contexts, maximum):
     """The question of the hand that reads token<tab>activation lines."""
-    pieces = [context.around_peak(EXCERPT_TOKENS) for context in evenly(contexts, LINE_CONTEXTS)]
+    pieces = [context.around_peak(LINE_TOKENS) for context in evenly(contexts, LINE_CONTEXTS)]
     top = prompts.EXPLAIN_TOP
     return prompts.explain_question(
         [(piece.visible(), prompts.scaled(piece.values_T.tolist(), maximum, top)) for piece in pieces]

@@ -1,5 +1,7 @@
 """Hands that explain: what counting finds in literal text, what of an LLM's sentences is kept."""
 
+import re
+
 import torch
 
 from sae.explanations import candidates, prompts
@@ -125,12 +127,21 @@ def test_the_first_question_of_a_hand_spans_the_range_and_later_ones_a_random_ha
     asked = candidates.questions(feature(), 5, seed=0)
     text = asked[0][1]
     assert "« w0»" in text and "« w19»" in text and text.count("\n") == candidates.EXCERPTS
-    assert "w0 1 of 1" in text and "a 0 of 20" not in text.split("Counted: ")[1][:8]
     lines = asked[1][1]
     assert lines.index("·w0\t10") < lines.index("·w19")
     again = candidates.questions(feature(), 5, seed=0)
     assert again == asked and candidates.questions(feature(), 5, seed=1)[2] != asked[2]
     assert asked[2][1] != text and asked[3][1] != lines
+    for _, later in asked[2:]:  # the strongest first there too
+        rows = [int(number) for number in re.findall(r"w(\d+)(?:»|\t)", later)]
+        assert rows[:4] == sorted(rows[:4])
+
+
+def test_what_was_counted_is_said_beside_the_excerpts():
+    half = feature(4)
+    shown = [*half.shown, Context(9, ["a", " w0", "b"], torch.tensor([2.0, 0.0, 0.0]))]
+    ((_, text),) = candidates.questions(half._replace(shown=shown), 1, seed=0)
+    assert text.endswith("Counted: w0 1 of 2, w1 1 of 1, w2 1 of 1, w3 1 of 1, a 1 of 5, b 0 of 5")
 
 
 def test_activations_are_scaled_by_the_features_maximum_not_by_the_contexts():
