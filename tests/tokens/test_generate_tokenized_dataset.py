@@ -287,3 +287,21 @@ def test_a_gated_dataset_says_which_login_is_missing(httpserver, tmp_path, smoll
         run_script(SCRIPT, 2, 5, *flags, env=environment), "some/gated", "gated", "hf auth login", "HF_TOKEN"
     )
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_dataset_that_is_a_script_is_one_line(httpserver, tmp_path, smollm2):
+    sha, script = "a" * 40, "scripted.py"
+    about = {"id": "some/scripted", "sha": sha, "siblings": [{"rfilename": script}], "tags": []}
+    about |= dict.fromkeys(("private", "gated", "disabled"), False)
+    httpserver.expect_request(re.compile("/api/datasets/some/scripted.*")).respond_with_json(about)
+    headers = {"ETag": "etag", "X-Repo-Commit": sha}
+    missing = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha}
+    httpserver.expect_request(re.compile(r".*\.(md|yaml)")).respond_with_data("", status=404, headers=missing)
+    httpserver.expect_request(re.compile(f".*{script}")).respond_with_data("import datasets", headers=headers)
+    environment = {
+        "HF_ENDPOINT": httpserver.url_for("")[:-1],
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    flags = ["--tokenizer_name", smollm2, "--dataset_name", "some/scripted", "--save_path", tmp_path / "out"]
+    assert_refused(run_script(SCRIPT, 2, 5, *flags, env=environment), "some/scripted", script)
