@@ -16,11 +16,10 @@ class ShuffleBuffer:
     is resumed by starting the stream at the first row of block `first // capacity` and asking for `first`.
 
     chunks: iterator of rows [any, D], all of one dtype. num_batches: how many batches the whole stream gives.
-    skip: rows to leave out of the first chunk.
     """
 
-    def __init__(self, chunks, batch_size, num_batches, capacity, seed, device="cpu", skip=0):
-        self._chunks, self._chunk, self._used, self._skip = iter(chunks), None, 0, skip
+    def __init__(self, chunks, batch_size, num_batches, capacity, seed, device="cpu"):
+        self._chunks, self._chunk = iter(chunks), ()
         self.batch_size, self.num_batches, self.capacity = batch_size, num_batches, capacity
         self.seed, self.device = seed, device
         self._rows_ND = self._order_N = None
@@ -58,13 +57,12 @@ class ShuffleBuffer:
     def _fill(self, slots_N, size):
         """Write the next rows of the stream into these slots."""
         while len(slots_N):
-            if self._chunk is None or self._used == len(self._chunk):
-                self._chunk, self._used, self._skip = next(self._chunks), self._skip, 0
+            if not len(self._chunk):
+                self._chunk = next(self._chunks)
             if self._rows_ND is None:
                 self._rows_ND = self._chunk.new_empty(size, self._chunk.shape[1], device=self.device)
-            new_ND = self._chunk[self._used : self._used + len(slots_N)]
+            new_ND, self._chunk = self._chunk[: len(slots_N)], self._chunk[len(slots_N) :]
             self._rows_ND[slots_N[: len(new_ND)]] = new_ND.to(self.device)
-            self._used += len(new_ND)
             slots_N = slots_N[len(new_ND) :]
 
 

@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from sae import InputError, __version__, activations, cli, models
-from sae.tokens import check_tokenizer, open_dataset, read_contexts
+from sae.tokens import check_tokenizer, load_tokenizer, open_dataset, read_contexts
 from sae.training import steps, sweep
 from sae.training.buffer import ShuffleBuffer, llm_batches
 from sae.training.evaluation import SLICE, Judge, split_held_out
@@ -45,6 +45,7 @@ class Run(NamedTuple):
 
     configs: list  # for each autoencoder all that decides its results, plain values
     dataset: object  # datasets.Dataset
+    dataset_path: str
     documents: np.ndarray  # of each row of the dataset
     training_rows: np.ndarray
     held_out_rows: np.ndarray
@@ -86,7 +87,7 @@ class Run(NamedTuple):
         ids_MT = torch.cat(list(self.contexts(self.held_out_rows)))
         documents_M, classes_MT = self.documents[self.held_out_rows], torch.full_like(ids_MT, -1)
         with contextlib.suppress(InputError):
-            tokenizer = models.load_tokenizer(self.config["tokenizer_name"])
+            tokenizer = load_tokenizer(self.dataset_path, self.config)
             for document in np.unique(documents_M):
                 rows = np.flatnonzero(self.documents == document)
                 ids_RT = self.dataset.with_format("numpy")[rows]["input_ids"]
@@ -131,8 +132,8 @@ def prepare(flags):
     configs = [config | {"num_batches_preload": preload} for config in configs]
     writer = tensorboard() if flags["tensorboard"] else None
     folders = [RunFolder(*one, resume, writer) for one in zip(paths, configs, strict=True)] if writes else []
-    data, places = (dataset, documents, training_rows, held_out_rows), (llm, autoencoder)
-    run = Run(configs, *data, *places, plan, path, folders, trust_remote_code)
+    data = dataset, flags["dataset_path"], documents, training_rows, held_out_rows
+    run = Run(configs, *data, llm, autoencoder, plan, path, folders, trust_remote_code)
     if run.finished:
         sweep.write(path, folders)  # a kill may have come before it
     return run
@@ -260,31 +261,22 @@ def _free_bytes(device):
         return free
 
 
-def stream_start(config, batch):
-    """Where the stream of rows must start so that the buffer can give batch number `batch` next.
-
-    Returns (number of the LLM batch, its rows to leave out, number of LLM batches up to the run's end).
-    """
-    rows, size = config["batch_size_llm"] * config["context_rows"], config["batch_size_autoencoder"]
-    block = batch // config["num_batches_preload"] * config["num_batches_preload"]
-    return *divmod(block * size, rows), -(-config["num_batches"] * size // rows)
-
-
 def stream(run, model, module, batch, stopping=lambda: False):
     """The ShuffleBuffer that gives batch number `batch` next; KeyboardInterrupt on `stopping()`."""
     config, device = run.config, run.autoencoder.device
-    first, skip, last = stream_start(config, batch)
+    size, preload = config["batch_size_autoencoder"], config["num_batches_preload"]
+    # The stream starts at the first row of the block that holds the batch, within a batch of the LLM.
+    per_pass = config["batch_size_llm"] * config["context_rows"]
+    first, skip = divmod(batch // preload * preload * size, per_pass)
+    count = -(-config["num_batches"] * size // per_pass) - first
     order = llm_batches(len(run.training_rows), config["batch_size_llm"], config["seed"], first)
-    order = itertools.islice(order, last - first)
-    order = tqdm(order, "LLM", last - first, unit="forward", position=1, leave=False)
+    order = tqdm(itertools.islice(order, count), "LLM", count, unit="forward", position=1, leave=False)
     contexts = itertools.chain.from_iterable(run.contexts(run.training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, config["skip_positions"])
     if device != run.llm.device:
         rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
-    sizes = [
-        config[name] for name in ("batch_size_autoencoder", "num_batches", "num_batches_preload", "seed")
-    ]
-    return ShuffleBuffer(cli.until(stopping, rows), *sizes, device, skip)
+    chunks = (rows_ND[skip * (place == 0) :] for place, rows_ND in enumerate(cli.until(stopping, rows)))
+    return ShuffleBuffer(chunks, size, config["num_batches"], preload, config["seed"], device)
 
 
 def loop(run, model, module, trainers, buffer):

@@ -1,8 +1,6 @@
 """Several settings side by side on one stream."""
 
 import json
-import random
-import time
 
 import pytest
 import torch
@@ -62,25 +60,36 @@ def test_sweep_jsonl_has_the_figures_of_each_checkpoint(whole_sweep):
 
 
 def test_a_sweep_that_was_killed_ends_with_the_same_bytes(whole_sweep, small_dataset, tiny_llama, tmp_path):
-    """kill -9 while the folders are being written: some are then a checkpoint ahead of others."""
-    rng, folder, kills, apart = random.Random(5), tmp_path / "run", 0, 0
-    for target in (30, 60):
-        place = rng.randrange(2)
-        process = start(command=words(small_dataset, tiny_llama, folder, resume=""))
-        wait_for((folder / NAMES[place] / f"{target}.pt").exists, process)
-        time.sleep(rng.uniform(0, 0.05))
+    killed_and_resumed(whole_sweep[0], small_dataset, tiny_llama, tmp_path / "run")
+
+
+@pytest.mark.long
+def test_a_sweep_on_the_real_model_that_was_killed(small_dataset, smollm2, tmp_path):
+    result = train(small_dataset, smollm2, tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    killed_and_resumed(tmp_path / "whole", small_dataset, smollm2, tmp_path / "run")
+
+
+def killed_and_resumed(whole, dataset, model, folder):
+    """kill -9 while the folders are being written: the first is a checkpoint ahead, the second has begun one."""
+    kills, apart = 0, 0
+    for reached in (
+        lambda: _batch(folder / NAMES[0]) == 30,
+        (folder / NAMES[1] / "60.pt").exists,
+    ):
+        process = start(command=words(dataset, model, folder, resume=""))
+        wait_for(reached, process)
         kills += process.poll() is None
         process.kill()
         process.communicate()
         apart += len({_batch(folder / name) for name in NAMES}) > 1
-    result = train(small_dataset, tiny_llama, folder, resume="")
+    result = train(dataset, model, folder, resume="")
     assert result.returncode == 0, result.stderr
     assert kills == 2 and apart >= 1, (kills, apart)
     for name in NAMES:
-        assert contents(folder / name) == contents(whole_sweep[0] / name)
-    assert (folder / "sweep.jsonl").read_text() == (whole_sweep[0] / "sweep.jsonl").read_text()
-    again = train(small_dataset, tiny_llama, folder, resume="")
-    assert "nothing to do" in again.stdout
+        assert contents(folder / name) == contents(whole / name)
+    assert (folder / "sweep.jsonl").read_text() == (whole / "sweep.jsonl").read_text()
+    assert "nothing to do" in train(dataset, model, folder, resume="").stdout
 
 
 def _batch(folder):
