@@ -43,7 +43,7 @@ def parse_args():
     add("--architecture", choices=ARCHITECTURES, default="relu", help="what keeps the features that fire few")
     add("--l1_coefficient", type=weight, nargs="+", default=1.0, help="weight of the penalty: relu, jumprelu")
     add("--k", type=positive, nargs="+", help="topk, batchtopk: features that fire on a token; default: 32")
-    add("--target_l0", type=rate, help="jumprelu: features that fire on a token; default: 32")
+    add("--target_l0", type=rate, nargs="+", help="jumprelu: features that fire on a token; default: 32")
     add("--lr_warmup_batches", type=count, help="learning rate up from 0; default: 5%%, 0 for relu")
     add("--lr_decay_batches", type=count, help="and down to 0 at the end; default: 20%%, 0 for relu")
     add("--l1_warmup_batches", type=count, default=0, help="l1_coefficient up from 0")

@@ -7,7 +7,13 @@ from sae import InputError
 from sae.artifacts import atomic_write
 from sae.plots import draw, pareto
 
-SWEPT = ("l1_coefficient", "learning_rate", "dict_vec_size", "k")  # flags that take several values
+SWEPT = (
+    "l1_coefficient",
+    "learning_rate",
+    "dict_vec_size",
+    "k",
+    "target_l0",
+)  # flags that take several values
 FIGURES = ("l0", "explained_variance", "loss_recovered", "loss_recovered_interval", "dead_share")
 
 

@@ -71,7 +71,7 @@ def test_a_sweep_on_the_real_model_that_was_killed(small_dataset, smollm2, tmp_p
 
 
 def killed_and_resumed(whole, dataset, model, folder):
-    """kill -9 while the folders are being written: the first is a checkpoint ahead, the second has begun one."""
+    """kill -9 where the first folder is a checkpoint ahead, and where the second has begun its own."""
     kills, apart = 0, 0
     for reached in (
         lambda: _batch(folder / NAMES[0]) == 30,
@@ -114,6 +114,7 @@ def test_values_are_combined_in_order_and_one_value_is_a_plain_run():
         "learning_rate": [1e-4],
         "dict_vec_size": None,
         "k": None,
+        "target_l0": None,
         "architecture": "relu",
     }
     assert list(sweep.combinations(one)) == [""]
