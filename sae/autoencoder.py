@@ -109,16 +109,15 @@ def load_checkpoint(path, device="cpu"):
     architecture = config.get("architecture", "relu")
     if architecture not in ARCHITECTURES:
         raise InputError(f"architecture {', '.join(ARCHITECTURES)} needed, {path} has {architecture}")
-    sizes = config["act_vec_size"], config["dict_vec_size"]
-    autoencoder = Autoencoder(
-        *sizes, config.get("normalize_dataset", False), None, device, architecture, config.get("k")
+    sizes, normalize = (
+        (config["act_vec_size"], config["dict_vec_size"]),
+        config.get("normalize_dataset", False),
     )
+    autoencoder = Autoencoder(*sizes, normalize, None, device, architecture, config.get("k"))
     try:
-        autoencoder.load_state_dict(state)
+        autoencoder.requires_grad_(False).load_state_dict(state)
     except RuntimeError as err:
         raise InputError(
             f"an autoencoder checkpoint needed, the weights of {path} do not fit: {err}"
         ) from err
-    return Checkpoint(
-        config, autoencoder.requires_grad_(False), content["log10_frequency"], fingerprint(path)
-    )
+    return Checkpoint(config, autoencoder, content["log10_frequency"], fingerprint(path))

@@ -104,10 +104,8 @@ def _rise(batch, length):
 
 
 def copies(ae, dtype):
-    W_enc_FD = ae.W_enc.detach().T.to(dtype)
-    return Copies(
-        W_enc_FD, ae.W_dec.detach().to(dtype), None if dtype == torch.float32 else torch.empty_like(W_enc_FD)
-    )
+    W_enc_FD, W_dec_FD = (weights.detach().to(dtype) for weights in (ae.W_enc.T, ae.W_dec))
+    return Copies(W_enc_FD, W_dec_FD, None if dtype == torch.float32 else torch.empty_like(W_enc_FD))
 
 
 def encode(ae, copies, x_ND):
@@ -162,9 +160,10 @@ def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=()):
     def through(g, pre, cut, f):
         return _through(ae.architecture, len(x_ND), weight, target_l0, width, g, pre, cut, f)
 
-    found = (
-        sparse(ae, x_ND, encoded, matters_NF, through) if few else dense(ae, copies, x_ND, encoded, through)
-    )
+    if few:
+        found = sparse(ae, x_ND, encoded, matters_NF, through)
+    else:
+        found = dense(ae, copies, x_ND, encoded, through)
     if len(dead_K):
         found = found._replace(penalty=found.penalty + _auxk(ae, copies, encoded, found.error_ND, dead_K))
     # b_dec is added to the reconstruction and taken from the input.
@@ -175,11 +174,8 @@ def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=()):
 def _through(architecture, rows, weight, target_l0, width, g, pre, cut, f):
     """Gradients of features, entry by entry -> of their pre-activations and thresholds; and the penalty."""
     if architecture == "relu":
-        return (
-            torch.ops.aten.threshold_backward(g + weight / rows, f, 0),
-            None,
-            weight * f.sum(dtype=torch.float32) / rows,
-        )
+        g_pre = torch.ops.aten.threshold_backward(g + weight / rows, f, 0)
+        return g_pre, None, weight * f.sum(dtype=torch.float32) / rows
     g_pre = torch.ops.aten.threshold_backward(g, f, 0)
     if architecture != "jumprelu":
         return g_pre, None, g.new_zeros(())

@@ -48,6 +48,8 @@ def write(path, folders):
     """sweep.jsonl, a line for each checkpoint of each run, from what their folders hold; and its picture."""
     if len(folders) == 1:
         return
+    for partial in path.glob(".sweep.*.partial"):  # what a kill in the middle of writing left
+        partial.unlink()
     lines = []
     for folder in folders:
         settings = {"folder": folder.path.name} | {flag: folder.config[flag] for flag in SWEPT}

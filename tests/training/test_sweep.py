@@ -83,8 +83,10 @@ def killed_and_resumed(whole, dataset, model, folder):
         process.kill()
         process.communicate()
         apart += len({_batch(folder / name) for name in NAMES}) > 1
+    (folder / ".sweep.png.abc.partial").touch()
     result = train(dataset, model, folder, resume="")
     assert result.returncode == 0, result.stderr
+    assert not list(folder.rglob(".*.partial"))
     assert kills == 2 and apart >= 1, (kills, apart)
     for name in NAMES:
         assert contents(folder / name) == contents(whole / name)
