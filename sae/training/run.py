@@ -299,7 +299,7 @@ def loop(run, model, module, trainers, buffer):
         elif run.folders[0].resume_is_old():
             run.save_resume(trainers)
         shown = [logs[place] for place in sorted(logs)]
-        yield {label: "/".join(text.format(**log) for log in shown) for label, text in BAR.items()}
+        yield {label: "/".join(text.format(**log) for log in shown) for label, text in BAR.items() if shown}
 
 
 def timed_steps(run, model, module, trainers):
