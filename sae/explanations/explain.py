@@ -28,9 +28,9 @@ class Settings(NamedTuple):
     seed: int = 0
 
     def words(self, **more):
-        """In words, for the journal, where `simulation` is a field of its own."""
+        """In words, for the journal: `simulation` is a field of its own there, batches decide nothing."""
         said = self._asdict() | more
-        return " ".join(f"{name}={said[name]}" for name in said if name != "simulation")
+        return " ".join(f"{name}={said[name]}" for name in said if name not in ("simulation", "batch_size"))
 
 
 class Explained(NamedTuple):

@@ -182,23 +182,23 @@ def assert_alike(mine, theirs):
 def test_stopped_by_a_signal_it_journals_the_step_and_goes_on_to_the_same(
     alone, inputs, elasticsearch_url, model, tmp_path
 ):
+    """In groups of one, so that there is something left to stop; groups decide nothing."""
+    flags = {"index": "sae-stop", "batch_size": 1}
     process, path = (
-        start(tmp_path, inputs, elasticsearch_url, model, index="sae-stop"),
+        start(tmp_path, inputs, elasticsearch_url, model, **flags),
         tmp_path / "samples.explanations.jsonl",
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (path.exists() and path.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
     status, said, documents = finish(process, tmp_path)
     assert status != 0 and "the same command goes on" in said
     assert 'deepspeed.py", line' not in said  # a traceback of ours; the launcher has one of its own
-    assert 2 <= len(documents) < len(WORDS) and len(documents) % 2 == 0
-    status, said, documents = finish(
-        start(tmp_path, inputs, elasticsearch_url, model, index="sae-stop"), tmp_path
-    )
+    assert 1 <= len(documents) < len(WORDS)
+    status, said, documents = finish(start(tmp_path, inputs, elasticsearch_url, model, **flags), tmp_path)
     assert status == 0, said
-    assert [{**d, "time": ""} for d in documents] == [{**d, "time": ""} for d in alone[2]]
+    assert_alike([{**d, "time": ""} for d in documents], [{**d, "time": ""} for d in alone[2]])
 
 
 def test_without_deepspeed_it_is_refused(inputs, model, tmp_path):
