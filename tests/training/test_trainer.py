@@ -295,3 +295,29 @@ def test_bfloat16_products_stay_within_noise_of_float32():
     assert loss_low == pytest.approx(loss, rel=0.01)
     assert explained_low == pytest.approx(explained, abs=0.005)
     assert explained > 0.7
+
+
+def test_trainers_that_are_ahead_wait_for_the_others():
+    """Two side by side, one of them 30 batches ahead: each ends as it does alone, with the same events."""
+    plan = Resampling("anthropic", 40)
+
+    def buffer(first=0):
+        return ShuffleBuffer(endless(first // 20 * 20 * 25 // 50), 25, 130, 20, 7)
+
+    alone, events = new_trainer(), []
+    for some in train(alone, buffer(), 130, plan, 7):
+        events += some
+    both = [new_trainer(), new_trainer()]
+    for trainer, stop in zip(both, (25, 55), strict=True):
+        for _ in itertools.islice(train(trainer, buffer(), 130, plan, 7), stop):
+            pass
+    took = {0: [], 1: []}
+    for number, found in enumerate(train_all(both, buffer(25), 130, plan, 7), 26):
+        assert list(found) == ([0] if number <= 55 else [0, 1])
+        for place, some in found.items():
+            took[place] += some
+    for trainer in both:
+        for name, value in alone.autoencoder.state_dict().items():
+            assert torch.equal(value, trainer.autoencoder.state_dict()[name])
+    assert took[0] == [event for event in events if event["batch"] > 25]
+    assert took[1] == [event for event in events if event["batch"] > 55]
