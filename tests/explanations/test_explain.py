@@ -150,6 +150,7 @@ def test_beside_the_score_stands_what_counting_scores():
     scored = [context._replace(texts=["x", " def", " import", " y"]) for context in odd.scored]
     document = explainer(odd._replace(scored=scored))[0].group([0])[0]
     assert document["counting"] < 0 and document["score"] < 0  # both know `import`, it fires on `def` there
+    assert document["tokens"] == ["def"]  # of what is scored
     assert explainer(odd)[0].group([0])[0]["counting"] == 1.0
 
 

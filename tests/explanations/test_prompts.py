@@ -76,6 +76,8 @@ def test_what_fires_is_listed_again_where_it_is_less_than_a_fifth():
         "<start>\na\t0\nb\t0\n·c\t7\nd\t0\ne\t0\nf\t0\n<end>\n"
         "Where it fires, strongest first:\n<start>\n·c\t7\n<end>\n"
     )
+    weak = (["x"] * 9 + ["y"], [0] * 9 + [2])
+    assert prompts.explain_question([weak, few]).endswith("first:\n<start>\n·c\t7\ny\t2\n<end>\n")
     fifth = (["a", "b", "c", "d", "e"], [0, 3, 0, 0, 0])
     assert "Where it fires" not in prompts.explain_question([fifth])
     two = prompts.explain_question([few, (["x"] * 6, [0] * 6)])

@@ -120,6 +120,9 @@ def test_what_is_literal_fires_there_whatever_the_llm_makes_of_it(interpreter, c
     assert score(simulate, "the token `.`", contexts) > 0.95
     contexts = planted(code, lambda row, i: row[i] == "self", most=2)
     assert score(simulate, "the word self", contexts) > 0.95
+    assert score(simulate, "the word nowhere; the word self", contexts) > 0.95  # one part is enough
+    contexts = planted(code, lambda row, i: i > 1 and row[i - 2 : i] == ["self", "."], most=2)
+    assert score(simulate, "the token after self.", contexts) > 0.95  # both neighbours are needed
 
 
 def test_a_simulation_depends_on_its_explanation_and_context_alone(interpreter, code):
