@@ -32,6 +32,23 @@ def test_batches_are_drawn_across_the_whole_block():
     assert abs(np.mean(batches[0]) - 500) < 250
 
 
+def test_each_block_is_dealt_out_in_an_order_of_its_own():
+    batches = drawn(ShuffleBuffer(stream(0, 240), 4, 60, 20, seed=0))
+    orders = [
+        [row - block * 80 for batch in batches[block * 20 :][:20] for row in batch] for block in range(3)
+    ]
+    assert all(sorted(order) == list(range(80)) for order in orders)
+    for one, other in itertools.combinations(orders, 2):
+        assert sum(a == b for a, b in zip(one, other, strict=True)) < 20
+
+
+def test_a_sample_is_drawn_over_the_whole_block():
+    buffer = ShuffleBuffer(stream(0, 4000), 20, 200, 200, seed=0)
+    next(buffer.batches())
+    one, other = (buffer.sample(50, np.random.default_rng(seed)).tolist() for seed in (0, 1))
+    assert len(set(one)) == len(set(other)) == 50 and len(set(one) & set(other)) < 10
+
+
 @pytest.mark.parametrize("first", [0, 1, 3, 4, 9, 12])
 def test_a_later_start_gives_the_same_batches(first):
     whole = drawn(ShuffleBuffer(stream(0, 52), 4, 13, 4, seed=5))

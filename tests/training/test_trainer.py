@@ -175,21 +175,35 @@ def buffer_with(buffer, seen):
     return buffer
 
 
-def test_features_are_revived_at_the_beginning_of_a_step():
+@pytest.mark.parametrize("num_batches", [120, 130])
+def test_features_are_revived_at_the_beginning_of_a_step(num_batches):
     """What is saved after step 40 was trained by it, as if nothing were ever revived; the next revives."""
     runs = {}
     for plan in (None, Resampling("replacement", 40)):
         trainer = new_trainer()
         trainer.autoencoder.b_enc.data[:5] = -1e4
         runs[plan] = []
-        for events in train(trainer, ShuffleBuffer(endless(), 25, 130, 20, 7), 130, plan, 7):
+        buffer = ShuffleBuffer(endless(), 25, num_batches, 20, 7)
+        for events in train(trainer, buffer, num_batches, plan, 7):
             revived = [event["batch"] for event in events if event["event"] == "resample"]
             runs[plan].append((trainer.autoencoder.W_dec.detach().clone(), revived))
     without, revived = runs.values()
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(without[:40], revived[:40], strict=True))
     assert not torch.equal(without[40][0][:5], revived[40][0][:5])
-    # Not at 120: ten batches would not be enough to recover.
+    # At 80 a whole interval is left to recover; at 120 ten batches would not be enough.
     assert [(step, at) for step, (_, at) in enumerate(revived, 1) if at] == [(41, [40]), (81, [80])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_after_a_revival_is_taken_with_the_revived_weights(dtype):
+    trainer = new_trainer(dtype=dtype)
+    trainer.autoencoder.b_enc.data[:5] = -1e4
+    buffer = ShuffleBuffer(endless(), 25, 60, 20, 7)
+    for _ in zip(range(41), train(trainer, buffer, 60, None, 7), strict=False):
+        pass
+    trainer.resample(Resampling("replacement", 40), 7, buffer)
+    assert torch.equal(trainer._copies.W_dec_FD, trainer.autoencoder.W_dec.to(dtype))
+    assert torch.equal(trainer._copies.W_enc_FD, trainer.autoencoder.W_enc.T.to(dtype))
 
 
 def test_what_was_revived_is_no_longer_called_dead():
