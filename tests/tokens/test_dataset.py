@@ -58,7 +58,7 @@ def test_contexts_are_read_in_the_order_asked_for(tmp_path):
 
 
 def test_a_file_of_contexts_and_its_fingerprint(tmp_path):
-    ids_NT, documents_N = np.arange(12, dtype=np.int32).reshape(4, 3), np.array([0, 0, 5, 9])
+    ids_NT, documents_N = np.arange(11, -1, -1, dtype=np.int32).reshape(4, 3), np.array([0, 0, 5, 9])
     whole = tokens.write_arrow(tmp_path / "whole.arrow", [(ids_NT, documents_N)], 3)
     halves = [(ids_NT[:1], documents_N[:1]), (ids_NT[1:], documents_N[1:])]
     assert tokens.write_arrow(tmp_path / "halves.arrow", halves, 3) == whole
