@@ -44,7 +44,7 @@ def parse_args():
         help="read tokens, and lines where these see nothing; tokens alone; the expected value of lines")
     add("--num_explanations", type=count, default=3,
         help="per feature, the best is kept; 1: by the LLM from text, 2: by counting too, 3: from lines too")
-    add("--scores", choices=["simulation", "all"], default="simulation", help="all: detection, fuzzing too")
+    add("--scores", choices=["all", "simulation"], default="all", help="all: detection, fuzzing too")
     add("--features", type=cli.whole_number(0), nargs="+", help="explain these features (default: all)")
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
     add("--batch_size", type=count, default=16, help="features that are explained together")

@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     num_simulation_samples: int = 10
     num_explanations: int = 3
     context_tokens: int = 64
-    scores: str = "simulation"  # or all: detection and fuzzing too
+    scores: str = "all"  # or simulation: no detection, no fuzzing
     batch_size: int = 16  # features that are explained together
     seed: int = 0
 

@@ -177,8 +177,8 @@ def test_detection_and_fuzzing_are_measured_when_asked_for():
     wide = feature(1, "import")
     wide = wide._replace(scored=wide.scored * 4, hard=[context._replace(
         texts=["x", "z"], values_T=torch.zeros(2)) for context in wide.scored * 4])  # fmt: skip
-    assert "detection" not in explainer(wide)[0].group([0])[0]
-    document = explainer(wide, scores="all")[0].group([0])[0]
+    assert "detection" not in explainer(wide, scores="simulation")[0].group([0])[0]
+    document = explainer(wide)[0].group([0])[0]
     assert document["detection"] == 1.0 and 0 <= document["fuzzing"] <= 1
 
 
