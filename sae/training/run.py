@@ -191,7 +191,7 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
     num_batches, N = config["num_batches"], config["batch_size_autoencoder"]
     parts = {
         "LLM": (llm.device, _llm_bytes(config, skeleton, llm.dtype)),
-        "autoencoder": (device, _autoencoder_bytes(configs, autoencoder.dtype)),
+        "autoencoder": (device, _autoencoder_bytes(configs, autoencoder.dtype, device.type == "cuda")),
     }
     left = {place: _free_bytes(place) for place, _ in parts.values()}
     for part, (place, size) in parts.items():
@@ -231,18 +231,19 @@ def _llm_bytes(config, skeleton, dtype):
     return numbers * dtype.itemsize + config["min_tokens"] * text.vocab_size * 16
 
 
-def _autoencoder_bytes(configs, dtype):
-    """Measured with each architecture, dense and sparse.
+def _autoencoder_bytes(configs, dtype, cuda=False):
+    """On the CPU measured with each architecture, dense and sparse.
 
     What lasts, of each: weights, gradients and Adam's two moments; copies for the products and room for a
-    gradient. What the largest needs for a moment: two matrices, numbers of a batch; what the allocator keeps.
+    gradient (CUDA keeps gradients in their dtype: that pays for the copies). What the largest needs for a
+    moment: two matrices, one on CUDA (for AuxK or a revival); numbers of a batch; what the allocator keeps.
     """
-    lasting, passing = 0, []
+    lasting, passing, more = 0, [], 0 if cuda or dtype == torch.float32 else 3 * dtype.itemsize
     for config in configs:
         D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
-        lasting += D * F * (2 * 4 * 4 + (0 if dtype == torch.float32 else 3 * dtype.itemsize))
+        lasting += D * F * (2 * 4 * 4 + more)
         step, checkpoint = N * (4 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4
-        passing.append(2 * D * F * 4 + max(step, checkpoint))
+        passing.append((1 if cuda else 2) * D * F * 4 + max(step, checkpoint))
     return lasting + max(passing) + 2**27
 
 

@@ -30,7 +30,7 @@ THRESHOLD_SHARE = 0.03  # batchtopk: of the newest batch in the running mean of 
 
 
 class Copies(NamedTuple):
-    """The weights as dense products take them, feature-major; room for a gradient unless in float32."""
+    """The weights as dense products take them, feature-major; room for a gradient kept in another dtype."""
 
     W_enc_FD: torch.Tensor
     W_dec_FD: torch.Tensor
@@ -105,7 +105,7 @@ def _rise(batch, length):
 
 def copies(ae, dtype):
     W_enc_FD, W_dec_FD = (weights.detach().to(dtype) for weights in (ae.W_enc.T, ae.W_dec))
-    return Copies(W_enc_FD, W_dec_FD, None if dtype == torch.float32 else torch.empty_like(W_enc_FD))
+    return Copies(W_enc_FD, W_dec_FD, None if ae.W_dec.grad.dtype == dtype else torch.empty_like(W_enc_FD))
 
 
 def encode(ae, copies, x_ND):
@@ -194,8 +194,10 @@ def dense(ae, copies, x_ND, encoded, through):
     g_NF, of_threshold_NF, penalty = through(g_ND @ copies.W_dec_FD.T, encoded.pre_NF, encoded.cut, f_NF)
     pairs = ((ae.W_dec.grad, f_NF, g_ND), (ae.W_enc.grad.T, g_NF, encoded.centred_ND))
     for grad_FD, left_NF, right_ND in pairs:
-        product_FD = torch.mm(left_NF.T, right_ND, out=grad_FD if copies.room_FD is None else copies.room_FD)
-        grad_FD.copy_(product_FD)
+        if copies.room_FD is None:
+            torch.mm(left_NF.T, right_ND, out=grad_FD)
+        else:
+            grad_FD.copy_(torch.mm(left_NF.T, right_ND, out=copies.room_FD))
     ae.b_enc.grad.copy_(g_NF.sum(0, dtype=torch.float32))
     ae.b_dec.grad.copy_(g_ND.sum(0, dtype=torch.float32))
     if of_threshold_NF is not None:
@@ -241,7 +243,7 @@ def _auxk(ae, copies, encoded, error_ND, dead_K):
     rest_ND = (f_NK @ W_dec_KD).float().add_(error_ND)
     g_ND = (rest_ND * (2 * AUX / len(rest_ND))).to(f_NK.dtype)
     g_NK = torch.ops.aten.threshold_backward(g_ND @ W_dec_KD.T, f_NK, 0)
-    ae.W_dec.grad.index_add_(0, dead_K, (f_NK.T @ g_ND).float())
-    ae.W_enc.grad.T.index_add_(0, dead_K, (g_NK.T @ encoded.centred_ND).float())
+    ae.W_dec.grad.index_add_(0, dead_K, (f_NK.T @ g_ND).to(ae.W_dec.grad.dtype))
+    ae.W_enc.grad.T.index_add_(0, dead_K, (g_NK.T @ encoded.centred_ND).to(ae.W_enc.grad.dtype))
     ae.b_enc.grad.index_add_(0, dead_K, g_NK.sum(0, dtype=torch.float32))
     return AUX * rest_ND.square().sum() / len(rest_ND)

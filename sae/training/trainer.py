@@ -11,6 +11,7 @@ import torch
 from sae import InputError
 from sae.autoencoder import Autoencoder
 from sae.training import resampling, steps
+from sae.training.update import update
 
 LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
 DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
@@ -50,17 +51,17 @@ class Trainer:
         self.scale_dataset, self.auxk = scale_dataset, auxk
         self.trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
         groups = [{"params": [one], "share": 1.0} for one in self.trained]  # share: of the learning rate
-        self.optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True)
-        for parameter in self.trained:
-            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer = torch.optim.Adam(groups, lr=learning_rate, fused=True)  # keeps the moments
+        for one in self.trained:
+            # On CUDA the gradients of matrices stay as the products make them: half of the memory.
+            one.grad_dtype = matmul_dtype if one.is_cuda and one.dim() == 2 else one.dtype
+            one.grad = torch.zeros_like(one, dtype=one.grad_dtype)
         device, features = autoencoder.b_enc.device, len(autoencoder.b_enc)
         self.batch, self.frequency_block = 0, frequency_block
         # On how many rows each feature fired, a line for each of the latest R blocks of batches.
         self.fired_RF = torch.zeros(FREQUENCY_BLOCKS + 1, features, dtype=torch.int32, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
         self.losses = []  # per batch since the last log line: [squared error, penalty, L0] per row
-        block = features if device.type == "cuda" else max(1, 400_000 // autoencoder.W_dec.shape[1])
-        self._blocks = [slice(start, start + block) for start in range(0, features, block)]
         self._refresh()
 
     @torch.no_grad()
@@ -92,17 +93,11 @@ class Trainer:
         ae = self.autoencoder
         if ae.architecture in ("topk", "batchtopk"):
             torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
-        for rows in self._blocks:
-            grad, unit = ae.W_dec.grad[rows], ae.W_dec[rows]
-            grad.addcmul_(unit, torch.linalg.vecdot(grad, unit)[:, None], value=-1)
+        copies = {ae.W_enc: self._copies.W_enc_FD, ae.W_dec: self._copies.W_dec_FD}
         for group in self.optimizer.param_groups:
+            (one,), state = group["params"], self.optimizer.state[group["params"][0]]
             group["lr"] = self.learning_rate * group["share"] * self.schedule.learning_rate(self.batch)
-        self.optimizer.step()
-        for rows in self._blocks:
-            unit = ae.W_dec[rows]
-            unit.div_(torch.linalg.vector_norm(unit, dim=1, keepdim=True))
-            self._copies.W_dec_FD[rows].copy_(unit)
-            self._copies.W_enc_FD[rows].copy_(ae.W_enc.T[rows])
+            update(one, state, group["lr"], self.batch, copies.get(one), unit=one is ae.W_dec)
         if ae.architecture == "jumprelu":
             ae.threshold.clamp_(min=0)
 

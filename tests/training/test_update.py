@@ -1,0 +1,98 @@
+"""The update of a matrix in one pass: torch's Adam on the CPU, plain torch to be compiled elsewhere."""
+
+import pytest
+import torch
+
+from sae.autoencoder import Autoencoder
+from sae.training import update
+from sae.training.trainer import Trainer
+
+
+def rows(count, seed=1, width=6):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+COMPILED = pytest.param("compiled", True, marks=pytest.mark.long)  # half a minute of g++
+
+
+@pytest.mark.parametrize(("way", "unit"), [("plain", False), ("plain", True), COMPILED])
+def test_what_cuda_compiles_equals_torchs_adam(way, unit):
+    """Five updates by a gradient in bfloat16, of rows in two blocks; the copy is the weights'."""
+    run = update.compiled() if way == "compiled" else update.update_rows
+    torch._dynamo.reset()
+    begun = torch.nn.functional.normalize(rows(40, width=48), dim=1)
+    W_FD, moments = begun.clone(), [torch.zeros(40, 48), torch.zeros(40, 48)]
+    wanted = torch.nn.Parameter(begun.clone())
+    state, copies_FD = {}, [torch.empty(40, 48, dtype=torch.bfloat16) for _ in range(2)]
+    for batch in range(5):
+        grad_FD = rows(40, batch, width=48).bfloat16()
+        wanted.grad = grad_FD.float()
+        update.update(wanted, state, 1e-2, batch, copies_FD[0], unit)
+        # What `update` hands over on CUDA.
+        numbers = (
+            torch.tensor(1e-2 / (1 - 0.9 ** (batch + 1))),
+            torch.tensor((1 - 0.999 ** (batch + 1)) ** 0.5),
+        )
+        for block in zip(*(part.split(24) for part in (W_FD, grad_FD, *moments, copies_FD[1])), strict=True):
+            run(update.plain_adam, *block, unit, *numbers)
+    torch.testing.assert_close(W_FD, wanted.detach(), rtol=0, atol=1e-6)
+    for got_FD, name in zip(moments, ("exp_avg", "exp_avg_sq"), strict=True):
+        torch.testing.assert_close(got_FD, state[name], rtol=1e-5, atol=1e-7)
+    assert torch.equal(copies_FD[1], W_FD.bfloat16())
+    assert (W_FD - begun).abs().max() > 0.03
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == (0 if way == "plain" else 2)  # a last block that is smaller compiles once more
+    if unit:
+        assert torch.allclose(W_FD.norm(dim=1), torch.ones(40), atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["relu", "batchtopk"])
+def test_gradients_in_the_dtype_of_the_products(architecture):
+    """As on CUDA, where no float32 gradient of a matrix is kept: the same steps as with those."""
+    trainers = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rng, k = torch.Generator().manual_seed(0), 3 if architecture == "batchtopk" else None
+        trainer = Trainer(
+            Autoencoder(6, 20, rng=rng, architecture=architecture, k=k),
+            1e-2,
+            0.3,
+            torch.bfloat16,
+            auxk=bool(k),
+        )
+        for one in (trainer.autoencoder.W_enc, trainer.autoencoder.W_dec):
+            one.grad, one.grad_dtype = None, dtype
+            one.grad = torch.zeros_like(one, dtype=dtype)
+        trainer._refresh()
+        assert (trainer._copies.room_FD is None) == (dtype == torch.bfloat16)
+        trainer.silent_F[4:9] = 100  # for AuxK
+        trainer.step(rows(64))
+        trainers.append(trainer)
+    kept, lean = (one.autoencoder for one in trainers)
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        tolerance = 0 if architecture == "relu" else 1e-3  # AuxK adds, and clipping multiplies, in bfloat16
+        torch.testing.assert_close(getattr(lean, name), getattr(kept, name), rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what CUDA computes has not been run")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
+def test_a_step_on_a_gpu_waits_for_nothing_and_equals_the_cpus(architecture, dtype):
+    """No number is read and nothing copied between host and device while a step is queued."""
+    trainers, x_ND = {}, rows(512, width=64)
+    for device in ("cpu", "cuda:0"):
+        ae = Autoencoder(64, 256, False, torch.Generator().manual_seed(0), device, architecture)
+        trainers[device] = Trainer(ae, 1e-3, 0.1, dtype, target_l0=16.0)
+    begun = trainers["cpu"].autoencoder.W_dec.detach().clone()
+    rows_ND = x_ND.cuda()
+    trainers["cuda:0"].step(rows_ND)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainers["cuda:0"].step(rows_ND)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(2):
+        trainers["cpu"].step(x_ND)
+    wanted, got = (trainer.autoencoder.state_dict() for trainer in trainers.values())
+    assert (wanted["W_dec"] - begun).abs().mean() > 5e-4
+    for name, want in wanted.items():
+        assert (got[name].cpu() - want).abs().mean() < (1e-5 if dtype == torch.float32 else 1e-4), name
