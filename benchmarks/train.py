@@ -44,7 +44,7 @@ def seconds(work, device, repeats=8, pick=statistics.median):
         start = time.perf_counter()
         work()
         if device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return pick(times[2:])
 

@@ -190,8 +190,8 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
     config, device = configs[0], autoencoder.device
     num_batches, N = config["num_batches"], config["batch_size_autoencoder"]
     parts = {
-        "LLM": (llm.device, _llm_bytes(config, skeleton, llm.dtype)),
-        "autoencoder": (device, _autoencoder_bytes(configs, autoencoder.dtype, device.type == "cuda")),
+        "LLM": (llm.device, llm_bytes(config, skeleton, llm.dtype)),
+        "autoencoder": (device, autoencoder_bytes(configs, autoencoder.dtype, device.type == "cuda")),
     }
     left = {place: _free_bytes(place) for place, _ in parts.values()}
     for part, (place, size) in parts.items():
@@ -221,7 +221,7 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
     )
 
 
-def _llm_bytes(config, skeleton, dtype):
+def llm_bytes(config, skeleton, dtype):
     """Weights, activations, two batches of logits (of checkpoints), a few of one context in float32."""
     text = skeleton.config.get_text_config()
     widest = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
@@ -231,7 +231,7 @@ def _llm_bytes(config, skeleton, dtype):
     return numbers * dtype.itemsize + config["min_tokens"] * text.vocab_size * 16
 
 
-def _autoencoder_bytes(configs, dtype, cuda=False):
+def autoencoder_bytes(configs, dtype, cuda=False):
     """On the CPU measured with each architecture, dense and sparse.
 
     What lasts, of each: weights, gradients and Adam's two moments; copies for the products and room for a
