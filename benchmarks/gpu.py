@@ -101,7 +101,7 @@ def step_lines(sizes, device, dtype, peak):
     """Prints a line for each batch size; returns the step of the last, dense, as a function."""
     one = new_trainer(sizes, device, dtype)
     with torch.no_grad():
-        new, old = (seconds(work, device, 5) for work in (one._update, old_update(one)))
+        new, old = (seconds(work, device, 5) for work in (one.update, old_update(one)))
     print(f"\nupdate: {1000 * new:.1f} ms, as version 0.1 had it {1000 * old:.1f} ms\n")
     print("| rows | dense, ms | tokens/s | of the peak | sparse, ms | tokens/s |\n|---|---|---|---|---|---|")
     for rows in sizes.batches:

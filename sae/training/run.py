@@ -304,13 +304,13 @@ def loop(run, model, module, trainers, buffer):
 
 
 def timed_steps(run, model, module, trainers):
-    """One line: the time a run takes, by the fastest of three LLM batches and of three training steps."""
+    """One line: the time a run takes, by the fastest of three LLM batches, steps, and updates alone."""
     config, device = run.config, run.autoencoder.device
     (ids_BT,), size = (
         run.contexts(run.training_rows[: config["batch_size_llm"]]),
         config["batch_size_autoencoder"],
     )
-    llm, own = [], []
+    llm, own, updates = [], [], []
     for _ in range(3):
         started = time.perf_counter()
         rows_ND = next(activations.activation_rows(model, module, [ids_BT], config["skip_positions"])).to(
@@ -321,9 +321,23 @@ def timed_steps(run, model, module, trainers):
         for trainer in trainers:
             trainer.step(rows_ND[torch.arange(size, device=device) % len(rows_ND)])
             trainer.losses[-1].sum().item()
+        stepped = time.perf_counter()
+        for trainer in trainers:
+            trainer.update()
+            trainer.autoencoder.b_dec.sum().item()
         llm.append((read - started) * size / len(rows_ND))
-        own.append(time.perf_counter() - read)
-    # With a device each they work at once.
-    seconds = min(llm) + min(own) if device == run.llm.device else max(min(llm), min(own))
-    minutes = seconds * config["num_batches"] / 60
-    return f"expected: {minutes:.1f} minutes at {size / seconds:.0f} tokens/s, checkpoints aside"
+        own.append(stepped - read)
+        updates.append(time.perf_counter() - stepped)
+
+    def seconds(times):
+        """Of one batch, were it so many times as large: the update takes what it takes."""
+        both = times * min(llm), times * (min(own) - min(updates)) + min(updates)
+        return (sum if device == run.llm.device else max)(both) / times  # a device each: they work at once
+
+    rate, larger = size / seconds(1), size / seconds(4)
+    minutes, share = config["num_batches"] * size / rate / 60, min(updates) / min(own)
+    hint = f", {larger:.0f} tokens/s expected with --batch_size_autoencoder {4 * size}"
+    return (
+        f"expected: {minutes:.1f} minutes at {rate:.0f} tokens/s, checkpoints aside; the update is "
+        f"{share:.0%} of a step{hint if larger > 1.1 * rate else ''}"
+    )

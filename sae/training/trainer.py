@@ -11,7 +11,7 @@ import torch
 from sae import InputError
 from sae.autoencoder import Autoencoder
 from sae.training import resampling, steps
-from sae.training.update import update
+from sae.training.update import adam_step
 
 LOG_INTERVAL = 50  # batches between two readings of the losses: between them the device is never waited for
 DEAD_WINDOW = 1000  # batches without firing after which the bar and the log call a feature dead
@@ -79,7 +79,7 @@ class Trainer:
             # A running mean of the smallest value kept, at first over all batches.
             share = max(steps.THRESHOLD_SHARE, 1 / (self.batch + 1))
             ae.threshold.lerp_(found.cut.float().expand_as(ae.threshold), share)
-        self._update()
+        self.update()
         block, within = divmod(self.batch, self.frequency_block)
         line_F = self.fired_RF[block % len(self.fired_RF)]
         line_F.mul_(within > 0).add_(found.fired_F)
@@ -88,7 +88,8 @@ class Trainer:
         self.losses.append(torch.stack([squared_error, found.penalty, found.fired_F.sum() / len(x_ND)]))
         self.batch += 1
 
-    def _update(self):
+    @torch.no_grad()
+    def update(self):
         """Adam, on gradients that leave the rows of W_dec at unit norm; then make the norm exact."""
         ae = self.autoencoder
         if ae.architecture in ("topk", "batchtopk"):
@@ -97,7 +98,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             (one,), state = group["params"], self.optimizer.state[group["params"][0]]
             group["lr"] = self.learning_rate * group["share"] * self.schedule.learning_rate(self.batch)
-            update(one, state, group["lr"], self.batch, copies.get(one), unit=one is ae.W_dec)
+            adam_step(one, state, group["lr"], self.batch, copies.get(one), unit=one is ae.W_dec)
         if ae.architecture == "jumprelu":
             ae.threshold.clamp_(min=0)
 

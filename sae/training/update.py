@@ -56,7 +56,7 @@ def compiled():
 
 
 @torch.no_grad()
-def update(parameter, state, rate, batch, copy_FD=None, unit=False):
+def adam_step(parameter, state, rate, batch, copy_FD=None, unit=False):
     """A step of Adam for a parameter with a gradient. state: torch.optim.Adam's of it; rate: learning rate.
 
     batch: steps done before. copy_FD: of a matrix, feature-major, to be written; None for a vector.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -205,11 +206,18 @@ def test_a_full_disk_keeps_the_last_checkpoint(whole_run, small_dataset, tiny_ll
 
 
 def test_dry_run_estimates_and_writes_nothing(small_dataset, tiny_llama, tmp_path):
-    result = train(small_dataset, tiny_llama, tmp_path / "run", dry_run="")
+    """Of so many features and so few rows the update is nearly all of a step: a larger batch is advised."""
+    more = {"batch_size_autoencoder": 8, "dict_vec_size": 20000, "dry_run": ""}
+    result = train(small_dataset, tiny_llama, tmp_path / "run", **more)
     assert result.returncode == 0, result.stderr
     assert "memory, GB: LLM" in result.stdout
-    assert "140 batches of 128 tokens" in result.stdout
-    assert "minutes at" in result.stdout
+    assert "140 batches of 8 tokens" in result.stdout
+    rate, share, larger = re.search(
+        r"minutes at (\d+) tokens/s, checkpoints aside; the update is (\d+)% of a step"
+        r", (\d+) tokens/s expected with --batch_size_autoencoder 32$", result.stdout, re.MULTILINE,
+    ).groups()  # fmt: skip
+    assert int(share) > 30
+    assert int(larger) > 1.1 * int(rate)
     assert not (tmp_path / "run").exists()
 
 

@@ -27,8 +27,8 @@ def test_what_cuda_compiles_equals_torchs_adam(way, unit):
     for batch in range(5):
         grad_FD = rows(40, batch, width=48).bfloat16()
         wanted.grad = grad_FD.float()
-        update.update(wanted, state, 1e-2, batch, copies_FD[0], unit)
-        # What `update` hands over on CUDA.
+        update.adam_step(wanted, state, 1e-2, batch, copies_FD[0], unit)
+        # What `adam_step` hands over on CUDA.
         numbers = (
             torch.tensor(1e-2 / (1 - 0.9 ** (batch + 1))),
             torch.tensor((1 - 0.999 ** (batch + 1)) ** 0.5),
