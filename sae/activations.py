@@ -4,6 +4,7 @@ Dims: B contexts, T tokens, N rows (tokens of many contexts), D the hookpoint's 
 """
 
 import difflib
+import functools
 import math
 import threading
 from collections import deque
@@ -112,3 +113,37 @@ def prefetch(items, depth=2):
         while (item := waiting.popleft().result()) is not end:
             waiting.append(thread.submit(next, iterator, end))
             yield item
+
+
+def carried(chunks, device):
+    """The same chunks on another device, made and copied ahead, so that two devices work at once.
+
+    To a GPU they are copied by streams that copy alone, or out of pinned memory: what either model has queued
+    is not waited for, and neither waits for a copy of what comes later.
+    """
+    side = functools.cache(lambda one: torch.cuda.Stream(one) if one.type == "cuda" else None)
+
+    def copy(chunk):
+        """The chunk there, and the event from which on it is; None: it is."""
+        if device.type != "cuda":
+            return chunk.to(device), None
+        source, sink = side(chunk.device), side(device)
+        if source is None:
+            chunk = chunk.pin_memory()
+        else:
+            source.wait_stream(torch.cuda.current_stream(chunk.device))
+            chunk.record_stream(source)  # its memory is in use until then
+        with torch.cuda.stream(source), torch.cuda.stream(sink):
+            return chunk.to(device, non_blocking=True), sink.record_event()
+
+    used = deque()
+    for chunk, there in prefetch(map(copy, chunks)):
+        if there:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(there)
+            chunk.record_stream(stream)
+        yield chunk
+        if there:
+            used.append(stream.record_event())
+            if len(used) > 2:  # else what a fast LLM makes would fill the memory of a slow reader
+                used.popleft().synchronize()

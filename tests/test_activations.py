@@ -10,6 +10,7 @@ from sae.activations import (
     activation_rows,
     activation_width,
     activations_at,
+    carried,
     find_hookpoint,
     on_output,
     prefetch,
@@ -180,6 +181,30 @@ def test_prefetch_keeps_order_raises_and_stops():
     assert next(endless) == 0
     endless.close()
     assert len(made) <= 5
+
+
+GPUS = torch.cuda.device_count()
+
+
+@pytest.mark.parametrize(
+    ("source", "sink"),
+    [
+        ("cpu", "cpu"),
+        pytest.param("cpu", "cuda:0", marks=pytest.mark.skipif(not GPUS, reason="no GPU here")),
+        pytest.param("cuda:0", "cuda:1", marks=pytest.mark.skipif(GPUS < 2, reason="no two GPUs here")),
+    ],
+)
+def test_chunks_arrive_on_another_device_as_they_were_made(source, sink):
+    """So large that a copy would still be under way when its reader looks, or its memory be used again."""
+
+    def chunks():
+        for number in range(20):
+            yield torch.full((1000, 1000), float(number), device=source).cumsum(0)
+
+    want_ND = torch.arange(1, 1001.0)[:, None].expand(-1, 1000)
+    for number, chunk_ND in enumerate(carried(chunks(), torch.device(sink))):
+        assert chunk_ND.device == torch.device(sink)
+        assert torch.equal(chunk_ND.cpu(), number * want_ND)
 
 
 def test_hookpoints_inside_experts_are_refused(tiny_llama):

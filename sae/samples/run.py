@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from sae import InputError, cli, models
-from sae.activations import activation_width, activations_at, find_hookpoint, prefetch
+from sae.activations import activation_width, activations_at, carried, find_hookpoint
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
 from sae.samples.file import Samples
@@ -56,7 +56,7 @@ class Run(NamedTuple):
         ids = read_contexts(self.dataset, rows_N[mine], self.batch_size, self.context_tokens)
         acts = (activations_at(self.model, module, ids_BT) for ids_BT in ids)
         if self.model.device != autoencoder.b_enc.device:
-            acts = prefetch(acts)
+            acts = carried(acts, autoencoder.b_enc.device)
         # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
         delay = 0 if sys.stderr.isatty() else 10
         options = {"unit": "context", "delay": delay, "disable": here.rank > 0}

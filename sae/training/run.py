@@ -275,7 +275,7 @@ def stream(run, model, module, batch, stopping=lambda: False):
     contexts = itertools.chain.from_iterable(run.contexts(run.training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, config["skip_positions"])
     if device != run.llm.device:
-        rows = activations.prefetch(rows_ND.to(device) for rows_ND in rows)
+        rows = activations.carried(rows, device)
     chunks = (rows_ND[skip * (place == 0) :] for place, rows_ND in enumerate(cli.until(stopping, rows)))
     return ShuffleBuffer(chunks, size, config["num_batches"], preload, config["seed"], device)
 
