@@ -1,4 +1,4 @@
-"""Features explained and scored per minute, with 1 and 2 processes, beside the naive way.
+"""Features explained and scored per minute, with 1 and 2 processes, beside the naive way or another version.
 
     python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/N.pt
 
@@ -17,23 +17,24 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENS = "--simulation tokens --num_explanations 2 --scores simulation"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
-def suite(args, processes, parallel, address, simulation="contrastive"):
+def suite(args, address, processes, flags, root=ROOT):
     """Features per minute of the script's own last line (models loaded, explanations, scores, controls)."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "samples.pt"
         copy.write_bytes(Path(args.samples).read_bytes())
         command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", processes, "--master_port", 29777]
-        command += [ROOT / "interpret_autoencoder_deepspeed.py", address, "none", "--num_gpus", processes]
+        command += [root / "interpret_autoencoder_deepspeed.py", address, "none", "--num_gpus", processes]
         command += ["--dataset_path", args.dataset, "--interpretation_samples_path", copy]
-        command += ["--parallel", parallel, "--simulation", simulation]
         command += ["--autoencoder_path", args.autoencoder, "--interpretation_model_name", args.model]
-        command += ["--max_features", args.features, "--batch_size", args.features // 2]
-        command += ["--index", f"benchmark-{processes}-{parallel}-{simulation}"]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return float(re.search(r"([\d.]+) features/minute", done.stdout)[1])
+        command += ["--max_features", args.features, *flags.split()]
+        command += ["--index", f"benchmark-{time.time_ns()}"]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True, cwd=root)
+    said = re.search(r"(median score .*); .* ([\d.]+) features/minute", done.stdout)
+    return float(said[2]), said[1]
 
 
 def naive(args):
@@ -77,26 +78,30 @@ def main():
     parser.add_argument("--model", default=str(ROOT / "inputs/smollm2"), help="LLM that explains")
     parser.add_argument("--features", type=int, default=8, help="features explained in each run")
     parser.add_argument("--naive_contexts", type=int, default=1, help="contexts simulated the naive way")
+    parser.add_argument("--beside", help="checkout of another version, run instead of the naive way")
     args = parser.parse_args()
+    for name in ("samples", "dataset", "autoencoder", "model"):
+        setattr(args, name, str(Path(getattr(args, name)).resolve()))
     os.environ |= {"HF_HUB_OFFLINE": "1", "DS_BUILD_OPS": "0"}
     from servers import elasticsearch
 
     print(f"{platform.machine()}, {os.cpu_count()} cores; python {' '.join(sys.argv)}", flush=True)
-    slow, written = naive(args)
-    print("| | features/minute | times the naive way |\n|---|---|---|")
-    print(
-        f"| naive, 1 process, {written:.0f} tokens written a context, no control | {slow:.2f} | 1 |",
-        flush=True,
-    )
+    print("| | features/minute | times the first |\n|---|---|---|")
+    halves = f" --batch_size {(args.features + 1) // 2}"
     with elasticsearch() as url:
-        for processes, parallel, simulation in (
-            (1, "tensor", "contrastive"), (1, "tensor", "tokens"), (2, "data", "contrastive"),
-            (2, "tensor", "contrastive"),
+        if args.beside:
+            slow, said = suite(args, url, 1, "", Path(args.beside).resolve())
+            name = f"the other version: {said}"
+        else:
+            slow, written = naive(args)
+            name = f"naive, 1 process, {written:.0f} tokens written a context, no control"
+        print(f"| {name} | {slow:.2f} | 1 |", flush=True)
+        for processes, flags in (
+            (1, ""), (1, "--scores simulation"), (1, TOKENS),
+            *(() if args.beside else ((2, "--parallel data" + halves), (2, "--parallel tensor" + halves))),
         ):  # fmt: skip
-            rate = suite(args, processes, parallel, url, simulation)
-            name = "1 process" if processes == 1 else f"{processes} processes, --parallel {parallel}"
-            name += f", --simulation {simulation}"
-            print(f"| {name} | {rate:.1f} | {rate / slow:.0f} |", flush=True)
+            rate, said = suite(args, url, processes, flags)
+            print(f"| {processes} process(es) {flags}: {said} | {rate:.1f} | {rate / slow:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

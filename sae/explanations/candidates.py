@@ -11,22 +11,21 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from sae.explanations import prompts
 from sae.explanations.evidence import evenly
 from sae.explanations.prompts import typed
-from sae.explanations.scoring import correlation
 
 HANDS = ("text", "counted", "lines")  # in this order, as many as are asked for; then text and lines in turn
 LEAST_GAIN, MOST_PARTS, MOST_TRIED = 0.015, 6, 100
-EXCERPTS, EXCERPT_TOKENS = 12, 32
+EXCERPTS, EXCERPT_TOKENS = 12, 16
 LINE_CONTEXTS, LINE_TOKENS = 4, 20  # lines are long: six times the tokens of the same text
 # Words of nearly every explanation.
 COMMON = {
     "", "the", "a", "an", "and", "or", "of", "on", "in", "to", "that", "which", "is", "are", "such", "as",
     "for", "with", "after", "before", "line", "word", "token", "keyword", "name", "feature", "fire",
 }  # fmt: skip
-CIRCLE = re.compile(r"(\w.{0,30}?)\1{4}")
 SPELT = {"\\n": "new lines", "\\t": "tabs", "space": "spaces"}
 
 
@@ -43,27 +42,44 @@ class Part(NamedTuple):
     neighbour: str | None = None
 
     def holds(self, tokens):
-        """Of each of the typed tokens of a context whether it is such a one."""
-        beside = beside_each([token == self.neighbour for token in tokens], self.side, tokens)
-        return [there and self.token in (None, token) for there, token in zip(beside, tokens, strict=True)]
+        """Where in the Tokens of some contexts such a one stands, [C, T] of 0 and 1."""
+        beside_CT = tokens.beside(tokens.are(self.neighbour), self.side)
+        return beside_CT if self.token is None else beside_CT * tokens.are(self.token)
 
 
-def beside_each(values, side, tokens):
-    """For each token of a context the value of the token that stands at its `side`; true without a side.
+class Tokens:
+    """Which of the distinct `texts` (as `typed`) stands where in contexts, each a list of as many texts."""
 
-    "in a line after": the largest value of those that stand before it in its line.
-    """
-    if side == "after":
-        return [0, *values[:-1]]
-    if side == "before":
-        return [*values[1:], 0]
-    if side == "in a line after":
-        largest, found = 0, []
-        for value, token in zip(values, tokens, strict=True):
-            found.append(0 if token == "\\n" else largest)
-            largest = 0 if token == "\\n" else max(largest, value)
-        return found
-    return [1] * len(values)
+    def __init__(self, contexts):
+        self.texts = list(dict.fromkeys(text for texts in contexts for text in texts))
+        self.typed = list(map(typed, self.texts))
+        place = {text: u for u, text in enumerate(self.texts)}
+        self._at_CT = torch.tensor([[place[text] for text in texts] for texts in contexts])
+        self._line_CT = self.are("\\n").cumsum(-1)
+
+    def each(self, values_U):
+        """A value of each distinct text, where it stands: [C, T] float32."""
+        return torch.as_tensor(values_U, dtype=torch.float32)[self._at_CT]
+
+    def are(self, token):
+        """Where the `typed` token stands, [C, T] of 0 and 1."""
+        return self.each([text == token for text in self.typed])
+
+    def beside(self, values_CT, side):
+        """For each token the value, 0 to 1, of the token that stands at its `side`; 1 without a side.
+
+        "in a line after": the largest value of those that stand before it in its line.
+        """
+        if side == "after":
+            return pad(values_CT[:, :-1], (1, 0))
+        if side == "before":
+            return pad(values_CT[:, 1:], (0, 1))
+        if side is None:
+            return torch.ones_like(values_CT)
+        lift_CT = 2 * self._line_CT  # nothing of an earlier line is larger than anything of this one
+        ends_CT = self.are("\\n")
+        largest_CT = (values_CT * (1 - ends_CT) + lift_CT).cummax(-1).values
+        return (pad(largest_CT[:, :-1], (1, 0)) - lift_CT).clamp_min(0)
 
 
 def _parts(contexts_tokens, values_CT):
@@ -88,20 +104,29 @@ def count(contexts):
     Each next one is that whose tokens, added to those before, raise the correlation with the activation
     most; one with a neighbour has to raise it by half as much again as a token alone.
     """
-    tokens = [[typed(text) for text in context.texts] for context in contexts]
+    tokens = Tokens([context.texts for context in contexts])
     values_CT = torch.stack([context.values_T for context in contexts])
-    found = _parts(tokens, values_CT)
-    holds = [torch.tensor([part.holds(row) for row in tokens], dtype=torch.float32) for part in found]
-    chosen, so_far_CT, score = [], torch.zeros_like(values_CT), 0.0
+    found = _parts([[typed(text) for text in context.texts] for context in contexts], values_CT)
+    if not found:
+        return []
+    holds_PN = torch.stack([part.holds(tokens).flatten() for part in found]).double()
+    harder = [1.5 if part.side else 1 for part in found]
+    chosen, so_far_N, score = [], torch.zeros_like(holds_PN[0]), 0.0
     while len(chosen) < MOST_PARTS:
-        scores = [correlation(torch.maximum(so_far_CT, one_CT), values_CT) or 0.0 for one_CT in holds]
-        gains = [(new - score) / (1.5 if part.side else 1) for part, new in zip(found, scores, strict=True)]
-        best = max(range(len(found)), key=gains.__getitem__, default=None)
-        if best is None or gains[best] < LEAST_GAIN:
+        scores = _correlations(torch.maximum(so_far_N, holds_PN), values_CT.flatten().double())
+        gains = [(new - score) / times for new, times in zip(scores, harder, strict=True)]
+        best = max(range(len(found)), key=gains.__getitem__)
+        if gains[best] < LEAST_GAIN:
             break
         chosen.append(found[best])
-        so_far_CT, score = torch.maximum(so_far_CT, holds[best]), scores[best]
+        so_far_N, score = torch.maximum(so_far_N, holds_PN[best]), scores[best]
     return chosen
+
+
+def _correlations(x_PN, y_N):
+    """Pearson's of each row with y, 0 where it is constant; rounded, so that equal rows have equal ones."""
+    x_PN, y_N = x_PN - x_PN.mean(1, keepdim=True), y_N - y_N.mean()
+    return (x_PN @ y_N / (x_PN.norm(dim=1) * y_N.norm())).nan_to_num(0.0).round(decimals=9).tolist()
 
 
 def counted(contexts):
@@ -151,7 +176,7 @@ def cleaned(explanation, tokens):
     items = re.split(r"(?:,| and) ", explanation)
     if len(set(items)) < len(items):
         explanation = ", ".join(dict.fromkeys(items)).rstrip("`\"', ")
-    if CIRCLE.search(explanation):
+    if prompts.CIRCLE.search(explanation):
         return ""
     own = {token.lower().removesuffix("s") for token in tokens}
     shots = [meaning(shot[0]) for shot in (*prompts.SHOTS, *prompts.EXCERPT_SHOTS)]

@@ -12,6 +12,9 @@ from sae.explanations import prompts, scoring
 from sae.explanations.candidates import Candidate
 from sae.explanations.evidence import fired_on
 
+# Scores on the judging contexts: from the first on counting leaves nothing to be asked, and it is below the
+# second that lines, which are long, judge what token readings do not see.
+ENOUGH, FAINT = 0.8, 0.1
 MOST_CONTROLS = 20  # other features among which one looks for its control
 
 
@@ -56,7 +59,7 @@ class Explainer:
 
     def group(self, places):
         """The part of each feature's document that is new, for the features at `places`: a list of dicts."""
-        self._explained = {}
+        self._explained = {place: self._explained[place] for place in places if place in self._explained}
         self.explain(sorted({*places, *(other for place in places for other in self.plan.others(place)[:1])}))
         documents = []
         for place in places:
@@ -67,15 +70,25 @@ class Explainer:
     def explain(self, places):
         """Make sure that the features at `places` are explained, the LLM writing for all of them together."""
         features = {place: self.plan.feature(place) for place in places if place not in self._explained}
-        written = self._written(features)
+        found = {place: {} for place in features}  # sentence -> hand, score on the judging contexts
+
+        def below(least):
+            known = {
+                place for place, said in found.items() if any((s or 0) >= least for _, s in said.values())
+            }
+            return {place: feature for place, feature in features.items() if place not in known}
+
+        if "counted" in hands.HANDS[: self.settings.num_explanations]:
+            counted = {place: [("counted", hands.counted(one.shown))] for place, one in features.items()}
+            self._judge(features, found, counted)
+        self._judge(features, found, self._written(below(ENOUGH)))
+        said = {place: [(hand, text) for text, (hand, _) in found[place].items()] for place in below(FAINT)}
+        self._judge(features, found, said, lines=True)
         for place, feature in features.items():
-            found, tokens = {}, fired_on(feature.shown)
-            if "counted" in hands.HANDS[: self.settings.num_explanations]:
-                found[hands.counted(feature.shown)] = "counted"
-            for hand, text in written[place]:
-                found.setdefault(hands.cleaned(text, tokens), hand)
-            tried = [Candidate(text, hand) for text, hand in found.items() if text]
-            self._explained[place] = Explained(feature, *self._judged(feature, tried))
+            tried = [(Candidate(text, hand), score) for text, (hand, score) in found[place].items()]
+            tried.sort(key=lambda pair: -2 if pair[1] is None else pair[1])
+            said = [one._asdict() | {"judged": score} for one, score in reversed(tried)]
+            self._explained[place] = Explained(feature, tried[-1][0] if tried else Candidate("", None), said)
             self._progress("explained")
 
     def _written(self, features):
@@ -93,22 +106,27 @@ class Explainer:
             sentences = self._interpreter.explanations(
                 [question for _, question in mine],
                 messages_about=messages,
+                batch_size=self.settings.batch_size + 1,  # a group, and the control of its last feature
                 progress=lambda count: self._progress("written", count),
             )
             for (place, _), text in zip(mine, sentences, strict=True):
-                written[place].append((name, text))
+                written[place].append((name, hands.cleaned(text, fired_on(features[place].shown))))
         return written
 
-    def _judged(self, feature, tried):
-        """The Candidate that simulates best on the judging contexts, and what the document says of all."""
-        judged = [None] * len(tried)
-        if len(tried) > 1 and feature.judging:
-            truth_CT = scoring.truth(feature.judging)
-            simulated = (self._simulate(one.interpretation, feature.judging) for one in tried)
-            judged = [scoring.rounded(scoring.correlation(values_CT, truth_CT)) for values_CT in simulated]
-        pairs = sorted(zip(tried, judged, strict=True), key=lambda pair: -2 if pair[1] is None else pair[1])
-        said = [one._asdict() | {"judged": value} for one, value in reversed(pairs)]
-        return pairs[-1][0] if pairs else Candidate("", None), said
+    def _judge(self, features, found, written, lines=False):
+        """Add the sentences of `written` to what was `found`; whoever said one first has said it.
+
+        `lines`: judge again, and by lines too where the simulation does so.
+        """
+        new = [(place, hand, text) for place, said in written.items() for hand, text in said if text]
+        self._simulate.read([text for *_, text in new])
+        for place, hand, text in new:
+            if lines or text not in found[place]:
+                score, contexts = None, features[place].judging
+                if contexts and self.settings.num_explanations > 1:
+                    values_CT = self._simulate(text, contexts, lines)
+                    score = scoring.rounded(scoring.correlation(values_CT, scoring.truth(contexts)))
+                found[place][text] = hand, score
 
     def _control(self, place):
         """The Explained of a feature whose explanation has no word in common with this one's, or None."""

@@ -8,6 +8,7 @@ import re
 EXPLAIN_TOP, SIMULATE_TOP = 10, 9
 NEUTRAL = "nothing in particular"
 SPACE = "·"
+CIRCLE = re.compile(r"(\w.{0,30}?)\1{4}")  # what is said five times in a row never ends
 NAMED = {"\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r", " ": SPACE, SPACE: "\\" + SPACE}
 
 STUDY = "You study features of a language model that reads source code."
@@ -60,6 +61,7 @@ EXCERPT_SHOTS = (
 )
 # What a token reading asks, without and with examples before it; the model goes on after a backtick.
 TOKEN_SHOTS = ((), (("the word while", "while"), ("plus signs", "+")))
+TOKENS = f"{STUDY} Give a token on which the feature fires."
 TOKEN_REPLY = "It fires on `"
 
 
@@ -165,10 +167,10 @@ def token_messages(shots):
     """What makes the chat messages that ask for a token on which a feature fires, after some examples."""
 
     def ask(what):
-        return {"role": "user", "content": f"The feature fires on {what}. Give a token on which it fires."}
+        return {"role": "user", "content": f"{REPLY} {what}."}
 
     def messages(what):
-        turns = [{"role": "system", "content": STUDY}]
+        turns = [{"role": "system", "content": TOKENS}]
         for example, token in shots:
             turns += [ask(example), {"role": "assistant", "content": f"{TOKEN_REPLY}{token}`."}]
         return [*turns, ask(what)]
@@ -187,11 +189,11 @@ def yes_messages(explanation, question):
 
 
 def sentence(reply):
-    """The first sentence of a reply without its full stop, and whether the reply reached its end.
+    """The first sentence of a reply without its full stop, and whether the reply reached its end or a CIRCLE.
 
     A full stop, question or exclamation mark ends it after a word, bracket or quotation mark and before a
     capital: all others may be code that the sentence speaks of.
     """
     end = re.search(r"(?<!e\.g)(?<!i\.e)(?<=[\w)\]\"'`])[.!?]+[\"'`)]*\s+(?=[A-Z])|\n", reply.lstrip())
     text = reply.lstrip()[: end.start()] if end else reply
-    return re.sub(r"(?<=[\w)\]\"'`])\.+$", "", text.strip()).strip(), end is not None
+    return re.sub(r"(?<=[\w)\]\"'`])\.+$", "", text.strip()).strip(), bool(end or CIRCLE.search(text))

@@ -7,6 +7,7 @@ import torch
 from sae.explanations import prompts
 
 BOOTSTRAPS = 1000
+YES_TOKENS = 32  # of each, around its peak, as delphi shows them
 MOST_YES = 10  # contexts where the feature fires, and at least as many where not, that are asked about
 FIRES = "Does it fire on a token of this text?"
 MARKED = "Are the tokens between « and » in this text those on which it fires?"
@@ -91,7 +92,8 @@ def yes_no(feature, explanation, yes, seed):
     """
     firing = [context for context in feature.scored if context.values_T.max() > 0][:MOST_YES]
     silent = feature.hard + [context for context in feature.scored if context.values_T.max() == 0]
-    silent = silent[: max(MOST_YES, len(firing))]
+    silent = [context.around_peak(YES_TOKENS) for context in silent[: max(MOST_YES, len(firing))]]
+    firing = [context.around_peak(YES_TOKENS) for context in firing]
     fields = {"detection": None, "detection_reason": None, "fuzzing": None, "fuzzing_reason": None}
     rng = torch.Generator().manual_seed(seed)
     right = [context.values_T > 0 for context in firing]

@@ -22,10 +22,11 @@ from typing import NamedTuple
 import torch
 
 from sae.explanations import prompts
-from sae.explanations.candidates import SPELT, beside_each
+from sae.explanations.candidates import SPELT, Tokens
 
 STEEPNESS, THRESHOLD = 2.0, 4.0  # of `contrasted`; benchmarks/simulation.py makes the tables behind these
 TOKEN_THRESHOLD, FLOOR = 5.0, 1e-5  # of the token reading, and the least probability it compares with
+MOST_PHRASES = 500  # kept, each the size of the vocabulary
 SEES = 0.1  # what the token reading gives some token at least where it is right
 NAMES = {
     ",": "comma", ".": "dot period", ":": "colon", ";": "semicolon", "'": "quote apostrophe", '"': "quote",
@@ -152,15 +153,15 @@ class Simulator:
     def __init__(self, interpreter, way, batch_size=16, progress=None):
         self.interpreter, self.way = interpreter, way
         self._batch_size, self._progress = batch_size, progress
-        self._neutral, self._phrases, self._spelt = {}, {}, {}
+        self._neutral, self._phrases, self._spelt, self._base = {}, {}, {}, None
 
-    def __call__(self, explanation, contexts):
-        """Simulated activations [C, T]."""
+    def __call__(self, explanation, contexts, lines=True):
+        """Simulated activations [C, T]. Without `lines`, tokens are read alone unless the way is expected."""
         if self.way == "expected":
             return contrasted(self._lines(explanation, contexts))
         simulation_CT = self.by_tokens(explanation, contexts)
         literal = any(named(phrase) for read in parsed(explanation) for phrase in read.phrases())
-        if self.way == "tokens" or literal or simulation_CT.max() > SEES:
+        if not lines or self.way == "tokens" or literal or simulation_CT.max() > SEES:
             return simulation_CT
         return self.by_lines(explanation, contexts)
 
@@ -185,54 +186,58 @@ class Simulator:
 
     def by_tokens(self, explanation, contexts):
         """The largest of the explanation's parts at each token; see the grammar above."""
-        reads = parsed(explanation)
-        phrases = dict.fromkeys(phrase for read in reads for phrase in read.phrases())
-        self._read([phrase for phrase in phrases if phrase not in self._phrases])
-        return torch.tensor(
-            [
-                [max(values) for values in zip(*(self._part(read, c.texts) for read in reads), strict=True)]
-                for c in contexts
-            ]
-        )
+        self.read([explanation])
+        tokens = Tokens([context.texts for context in contexts])
+        ids = [self._ids(text) for text in tokens.texts]
+        most = max(map(len, ids))
+        ids_US = torch.tensor([some + some[:1] * (most - len(some)) for some in ids])
+        return torch.stack([self._part(read, tokens, ids_US) for read in parsed(explanation)]).amax(0)
 
-    def _part(self, read, texts):
-        typed, values = [prompts.typed(text) for text in texts], [1.0] * len(texts)
+    def _part(self, read, tokens, ids_US):
+        values_CT = tokens.each([1.0] * len(tokens.texts))
         if read.what:
-            values = self._values(read.what, texts)
+            values_CT = self._values(read.what, tokens, ids_US)
         elif read.named:
-            values = [float(any(char.isalpha() for char in text)) for text in texts]
+            values_CT = tokens.each([any(map(str.isalpha, text)) for text in tokens.texts])
         elif read.side:
-            values = [float(bool(text.strip())) for text in texts]
-        beside = [1.0] * len(texts)
+            values_CT = tokens.each([bool(text.strip()) for text in tokens.texts])
+        beside_CT = torch.ones_like(values_CT)
         for phrases in read.neighbours:
-            here = self._values(phrases, texts)
-            together = [min(pair) for pair in zip(here, beside, strict=True)]
-            beside = beside_each(together, read.side, typed)
-        return [value * there for value, there in zip(values, beside, strict=True)]
+            together_CT = torch.minimum(self._values(phrases, tokens, ids_US), beside_CT)
+            beside_CT = tokens.beside(together_CT, read.side)
+        return values_CT * beside_CT
 
-    def _values(self, phrases, texts):
-        lacking = [text for text in dict.fromkeys(texts) if text not in self._spelt]
-        self._spelt |= {text: [self._first(way) for way in spellings(text)] for text in lacking}
+    def _values(self, phrases, tokens, ids_US):
         score_V = torch.stack([self._phrases[phrase] for phrase in phrases]).amax(0)
-        value = {text: score_V[self._spelt[text]].max() for text in set(texts)}
-        read = [float(torch.sigmoid(value[text] - TOKEN_THRESHOLD)) for text in texts]
+        read_U = torch.sigmoid(score_V[ids_US].amax(1) - TOKEN_THRESHOLD)
         literal = set(map(named, phrases))
-        return [1.0 if prompts.typed(t) in literal else of for t, of in zip(texts, read, strict=True)]
+        return tokens.each(read_U.masked_fill(torch.tensor([t in literal for t in tokens.typed]), 1.0))
 
-    def _first(self, text):
-        return self.interpreter.encode(text, "`")[0][0]
+    def _ids(self, text):
+        """Of each way to spell a token its first id."""
+        if text not in self._spelt:
+            self._spelt[text] = [self.interpreter.encode(way, "`")[0][0] for way in spellings(text)]
+        return self._spelt[text]
 
-    def _read(self, phrases):
-        """Keep of each phrase how much more likely it makes each token than nothing in particular, [V]."""
-        if not phrases:
+    def read(self, explanations):
+        """Read, all together, what `by_tokens` needs of these explanations: of each of their phrases how much
+        more likely it makes each token than nothing in particular, [V].
+        """
+        if self.way == "expected":
             return
-        if not self._phrases:
-            self._base = self._log_p([prompts.NEUTRAL])
-        for phrase, log_p in zip(phrases, zip(*self._log_p(phrases), strict=True), strict=True):
-            over = [
-                p_V - (base_1V[0].exp() + FLOOR).log() for p_V, base_1V in zip(log_p, self._base, strict=True)
-            ]
-            self._phrases[phrase] = sum(over) / len(over)
+        phrases = {phrase for text in explanations for read in parsed(text) for phrase in read.phrases()}
+        if phrases <= self._phrases.keys():
+            return
+        if len(self._phrases) > MOST_PHRASES:
+            self._phrases.clear()
+        # Those of a length beside each other, so that little is filling.
+        lacking = sorted(phrases - self._phrases.keys(), key=lambda phrase: (len(phrase), phrase))
+        self._base = self._base or [base_1V[0] for base_1V in self._log_p([prompts.NEUTRAL])]
+        over = [
+            log_p - (of.exp() + FLOOR).log()
+            for log_p, of in zip(self._log_p(lacking), self._base, strict=True)
+        ]
+        self._phrases |= zip(lacking, sum(over) / len(over), strict=True)
 
     def _log_p(self, phrases):
         """Of each question that asks for a token, log p [phrases, V] of what comes next."""

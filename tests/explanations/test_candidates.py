@@ -5,7 +5,7 @@ import re
 import torch
 
 from sae.explanations import candidates, prompts
-from sae.explanations.candidates import Candidate, Part, cleaned, count, counted, meaning
+from sae.explanations.candidates import Candidate, Part, Tokens, cleaned, count, counted, meaning
 from sae.explanations.evidence import Context, Feature
 
 
@@ -64,12 +64,26 @@ def test_counting_weighs_how_exclusively_a_token_fires():
 
 
 def test_a_part_holds_where_its_token_stands_beside_its_neighbour():
-    tokens = ["def", "name", "(", "name", "\\n", "name"]
-    assert Part("name").holds(tokens) == [False, True, False, True, False, True]
-    assert Part("name", "after", "def").holds(tokens) == [False, True, False, False, False, False]
-    assert Part(None, "before", "(").holds(tokens) == [False, True, False, False, False, False]
-    assert Part("name", "in a line after", "(").holds(tokens) == [False, False, False, True, False, False]
-    assert Part(None, "in a line after", "def").holds(tokens) == [False, True, True, True, False, False]
+    tokens = Tokens([["def", " name", "(", "name", "\n", "name"]])
+    assert Part("name").holds(tokens)[0].tolist() == [False, True, False, True, False, True]
+    assert Part("name", "after", "def").holds(tokens)[0].tolist() == [False, True, False, False, False, False]
+    assert Part(None, "before", "(").holds(tokens)[0].tolist() == [False, True, False, False, False, False]
+    assert Part("name", "in a line after", "(").holds(tokens)[0].tolist() == [
+        False,
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert Part(None, "in a line after", "def").holds(tokens)[0].tolist() == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_words_of_the_grammar_are_written_as_code():

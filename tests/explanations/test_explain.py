@@ -14,7 +14,7 @@ class Writer:
     def __init__(self, *sentences):
         self.sentences, self.asked = sentences, []
 
-    def explanations(self, questions, messages_about=None, progress=None):
+    def explanations(self, questions, messages_about=None, batch_size=16, progress=None):
         self.asked += [(messages_about.__name__, question) for question in questions]
         progress(len(questions))
         return [self.sentences[len(self.asked) % len(self.sentences)]] * len(questions)
@@ -24,12 +24,16 @@ class Literal:
     """A simulator for which an explanation fires on the tokens among its words."""
 
     def __init__(self, interpreter=None):
-        self.interpreter, self.seen = interpreter, []
+        self.interpreter, self.seen, self.together, self.by_lines = interpreter, [], [], []
 
-    def __call__(self, explanation, contexts):
+    def __call__(self, explanation, contexts, lines=True):
         self.seen.append((explanation, [context.row for context in contexts]))
+        self.by_lines += self.seen[-1:] if lines else []
         words = explanation.replace("`", "").split()
         return torch.tensor([[float(text.strip() in words) for text in c.texts] for c in contexts])
+
+    def read(self, explanations):
+        self.together.append(explanations)
 
     def yes(self, explanation, _question, texts):
         return torch.tensor([float(explanation.split()[-1] in text) for text in texts])
@@ -62,6 +66,13 @@ def feature(dim, word, other="def"):
     return Feature(dim, -1.5, 2.0, rows[:3], rows[3:5], rows[5:], [])
 
 
+def unsure(one):
+    """The feature fires on `x` too where it is judged: a counted word scores 0.73 there."""
+    return one._replace(
+        judging=[c._replace(values_T=torch.tensor([1.5, 2.0, 0.0, 0.0])) for c in one.judging]
+    )
+
+
 def explainer(*features, sentences=("the word y",), **chosen):
     writer = Writer(*sentences)
     simulator = Literal(writer)
@@ -69,11 +80,11 @@ def explainer(*features, sentences=("the word y",), **chosen):
 
 
 def test_the_hand_that_simulates_best_on_the_judging_contexts_is_kept():
-    one, _, simulator = explainer(feature(1, "import"), feature(2, "try"))
+    one, _, simulator = explainer(unsure(feature(1, "import")), feature(2, "try"))
     first, second = one.group([0, 1])
     assert (first["interpretation"], first["explained_by"]) == ("the word import", "counted")
     assert first["candidates"] == [
-        {"interpretation": "the word import", "explained_by": "counted", "judged": 1.0},
+        {"interpretation": "the word import", "explained_by": "counted", "judged": 0.7276},
         {"interpretation": "the word y", "explained_by": "text", "judged": first["candidates"][1]["judged"]},
     ]
     assert first["candidates"][1]["judged"] < 0
@@ -81,6 +92,21 @@ def test_the_hand_that_simulates_best_on_the_judging_contexts_is_kept():
     assert (first["score"], second["score"]) == (1.0, 1.0)
     better, _, _ = explainer(feature(1, "import"), sentences=("the word import",))
     assert better.group([0])[0]["explained_by"] == "counted"  # said by both: whoever said it first
+
+
+def test_the_llm_is_not_asked_where_counting_is_enough_and_what_is_read_is_read_together():
+    one, writer, simulator = explainer(feature(1, "import"), unsure(feature(2, "try")), num_explanations=2)
+    first, second = one.group([0, 1])
+    assert [candidate["explained_by"] for candidate in first["candidates"]] == ["counted"]
+    assert [candidate["explained_by"] for candidate in second["candidates"]] == ["counted", "text"]
+    assert len(writer.asked) == 1 and "« try»" in writer.asked[0][1]
+    assert [texts for texts in simulator.together if texts] == [
+        ["the word import", "the word try"],
+        ["the word y"],
+    ]
+    one.group([1])  # explained already
+    assert len(writer.asked) == 1
+    assert not {13, 14, 23, 24} & {row for _, rows in simulator.by_lines for row in rows}  # tokens are enough
 
 
 def test_an_llm_that_knows_more_wins():
@@ -94,8 +120,9 @@ def test_an_undefined_candidate_is_worse_than_any_that_is_judged():
     """`nowhere` is constant on the judging contexts, `y` correlates negatively: it is kept all the same."""
     odd = feature(1, "import")
     judging = [context._replace(texts=["x", " z", " def", " y"]) for context in odd.judging]
-    one, _, _ = explainer(odd._replace(judging=judging), sentences=("the word y", "the word nowhere"))
+    one, _, lines = explainer(odd._replace(judging=judging), sentences=("the word y", "the word nowhere"))
     document = one.group([0])[0]
+    assert ("the word nowhere", [13, 14]) in lines.by_lines  # no candidate is known to be right by tokens
     assert document["interpretation"] == "the word y"
     assert [candidate["judged"] for candidate in document["candidates"]][1:] == [None, None]
 
@@ -109,7 +136,7 @@ def test_a_single_explanation_is_the_llms_and_needs_no_judge():
 
 
 def test_both_of_the_llms_hands_are_asked_each_in_its_way():
-    one, writer, _ = explainer(feature(1, "import"))
+    one, writer, _ = explainer(unsure(feature(1, "import")))
     one.group([0])
     (text, excerpt), (lines, numbers) = writer.asked
     assert (text, lines) == ("excerpt_messages", "explain_messages")
@@ -185,7 +212,7 @@ def test_detection_and_fuzzing_are_measured_when_asked_for():
 def test_progress_is_told_for_each_thing_that_is_done():
     told = []
     writer = Writer("the word y")
-    plan = Plans(feature(1, "import"), feature(2, "try"))
+    plan = Plans(unsure(feature(1, "import")), unsure(feature(2, "try")))
     one = Explainer(plan, writer, Literal(writer), lambda what, count=1: told.append((what, count)))
     one.group([0, 1])
     assert told == [("written", 2), ("written", 2), ("explained", 1), ("explained", 1)] + [("scored", 1)] * 2

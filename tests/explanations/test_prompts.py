@@ -98,6 +98,8 @@ def test_a_reply_ends_with_its_first_sentence():
     assert prompts.sentence(" the word self.") == ("the word self", False)  # the next token may be "x"
     assert prompts.sentence(" names, e.g. foo") == ("names, e.g. foo", False)
     assert prompts.sentence(" imports\nThe") == ("imports", True)
+    assert prompts.sentence(" a, b, a, b, a, b, a, b") == ("a, b, a, b, a, b, a, b", False)
+    assert prompts.sentence(" a, b, a, b, a, b, a, b, a, b, ")[1]  # in circles: it is not waited for
 
 
 def test_a_reply_is_not_cut_inside_code():
@@ -125,5 +127,5 @@ def test_what_is_asked_of_a_text_and_for_a_token():
         == "A feature fires on the word import. Does it fire? Answer yes or no.\n\nfrom x"
     )
     plain = prompts.token_messages(())("commas")
-    assert plain[-1]["content"] == "The feature fires on commas. Give a token on which it fires."
+    assert plain[-1]["content"] == "The feature fires on commas."
     assert len(plain) == 2 and len(prompts.token_messages(prompts.TOKEN_SHOTS[1])("commas")) == 6

@@ -97,6 +97,15 @@ def test_hard_contexts_are_asked_about_before_random_ones():
     assert seen[10:14] == ["harder!"] * 4 and len(seen[:20]) == 20
 
 
+def test_of_long_texts_what_stands_around_the_peak_is_asked_about():
+    values = torch.zeros(64)
+    values[40] = 1.0
+    firing = [Context(row, [chr(200 + i) for i in range(64)], values) for row in range(10)]
+    feature, seen = Feature(5, -2.0, 2.0, [], [], firing, []), []
+    scoring.yes_no(feature, "x", lambda _e, _q, texts: seen.extend(texts) or torch.zeros(len(texts)), 0)
+    assert {len(text) for text in seen} == {scoring.YES_TOKENS + 2} and f"«{chr(240)}»" in seen[0]
+
+
 def test_marks_of_fuzzing_are_as_many_and_never_right():
     values = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 0.0])
     firing = [Context(row, list("abcdef"), values) for row in range(10)]
