@@ -47,7 +47,9 @@ class Autoencoder(nn.Module):
             self.threshold = nn.Parameter(torch.zeros_like(self.b_enc), architecture == "jumprelu")
 
     def encode(self, x_ND):
-        return self.activate((x_ND - self.b_dec) @ self.W_enc + self.b_enc)
+        """The product runs in the dtype of W_enc, which whoever uses the autoencoder may lower."""
+        pre_NF = (x_ND - self.b_dec).to(self.W_enc.dtype) @ self.W_enc
+        return self.activate(pre_NF.to(self.b_enc.dtype) + self.b_enc)
 
     def activate(self, pre_NF):
         """Pre-activations -> feature activations, each row for itself."""

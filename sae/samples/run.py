@@ -130,6 +130,8 @@ def prepare(
     hookpoint = check_target(config, name, info, trust_remote_code)
     check_tokenizer(info, name, allow_other_tokenizer)
     model = models.load_model(name, llm_device, dtype_llm, trust_remote_code)
+    if model.dtype != torch.float32:  # encoded as in training: what that changes is in docs/samples.md
+        checkpoint.autoencoder.W_enc.data = checkpoint.autoencoder.W_enc.to(models.fast_dtype(device))
     return Run(dataset, info, checkpoint, model, hookpoint, batch_size)
 
 

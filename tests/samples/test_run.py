@@ -18,12 +18,15 @@ from conftest import ROOT, assert_refused, run_script, write_dataset
 
 import generate_interpretation_samples as script
 from sae import InputError
+from sae.activations import activations_at
 from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
-from sae.models import load_model, model_fingerprint
+from sae.models import fast_dtype, load_model, model_fingerprint
+from sae.processes import Processes
 from sae.samples import RANDOM, SPREAD, TOP, load_samples
-from sae.samples.run import check_target
-from sae.tokens import open_dataset
+from sae.samples.run import check_target, prepare
+from sae.tokens import open_dataset, read_contexts
 
+ALONE = Processes(0, 1, None)
 SKIP, LENGTH, FEATURES = 2, 48, 96
 
 
@@ -145,6 +148,28 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
         f"{len(rows)} features in the band, {rare} too rare, {FEATURES - len(rows) - rare - dead}"
     )
     assert f"{dead} dead; written to {tmp_path / 's.pt'}" in line and "contexts/s" in line
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encoding_follows_the_llms_dtype(dtype, tmp_path, trained, small_dataset):
+    """What bfloat16 gives, where the machine is fast at it, is nearly what float32 gives."""
+    run = prepare(
+        ALONE, 64, small_dataset, trained[0], tmp_path / "s.pt", None, None, None, -0.1, -2.0, 16, dtype
+    )
+    fast = fast_dtype("cpu") if dtype == "bfloat16" else torch.float32
+    assert run.checkpoint.autoencoder.W_enc.dtype == fast
+    looked = run.look(torch.arange(64), torch.arange(64), "", ALONE, lambda: False, str)
+    got_NTF = torch.cat([f_bTF for _, f_bTF in looked])
+    module = run.model.get_submodule(run.hookpoint)
+    acts = [
+        activations_at(run.model, module, ids) for ids in read_contexts(run.dataset, range(64), 16, LENGTH)
+    ]
+    strict = load_checkpoint(trained[0]).autoencoder
+    want_NTF = strict.features(torch.cat(acts)[:, SKIP:].flatten(0, 1)).view_as(got_NTF)
+    assert got_NTF.dtype == torch.float32
+    others = ((got_NTF > 0) != (want_NTF > 0)).sum() / (want_NTF > 0).sum()
+    off = (got_NTF.amax((0, 1)) / want_NTF.amax((0, 1)) - 1).abs().nanmedian()
+    assert max(others, off) < (1e-5 if fast == torch.float32 else 0.005)
 
 
 @pytest.fixture(scope="module")
