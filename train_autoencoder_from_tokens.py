@@ -3,14 +3,17 @@
     python train_autoencoder_from_tokens.py 19 mlp_activations --num_batches 100000 --save_path runs/layer19
 
 Writes <save_path>/<trained_batches>.pt, images/, metrics.jsonl and resume.pt; stopped or killed, the same
-command with --resume goes on to the same weights.
+command with --resume goes on to the same weights. On several GPUs, each with a share of the features:
+
+    deepspeed --num_gpus 4 train_autoencoder_from_tokens.py 19 mlp_activations ... --num_gpus 4
 """
 
 import argparse
 import contextlib
 import sys
+import time
 
-from sae import cli
+from sae import cli, processes
 
 ARCHITECTURES, REVIVALS = ("relu", "topk", "batchtopk", "jumprelu"), ("replacement", "anthropic")
 YES_NO = argparse.BooleanOptionalAction
@@ -23,7 +26,7 @@ HOOKPOINTS = {
 
 
 def parse_args():
-    parser = cli.Parser(__doc__)
+    parser = processes.Parser(__doc__)
     add, count, positive = parser.add_argument, cli.whole_number(0), cli.whole_number(1)
     folder = {"type": cli.path, "metavar": "FOLDER"}
     add("layer_id", type=count, help="layer of the LLM, counted from 0")
@@ -65,53 +68,52 @@ def parse_args():
     add("--held_out_contexts", type=count, default=0, help="to judge by; 0: 128 to 4096, by the run's length")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--dry_run", action="store_true", help="print memory, batches and the expected time, and stop")
+    add("--num_gpus", type=positive, default=1, help="processes that deepspeed started, on all machines")
+    add("--local_rank", type=int, help="set by deepspeed")
     return parser, parser.parse_args(cli.layer_first(sys.argv[1:], HOOKPOINTS))
 
 
 def main(args, stopping):
-    from tqdm import tqdm
-
     from sae import training
 
     # Prepare: whatever can be refused is refused, and memory planned, before weights are read.
-    run = training.prepare(vars(args))
+    here = processes.alone_or_join(args.num_gpus)
+    say = print if here.rank == 0 else lambda *_words, **_how: None
+    run = training.prepare(vars(args), here)
     num_batches = run.config["num_batches"]
     if run.finished:
-        print(f"nothing to do: the run in {run.path} is complete, {num_batches} batches")
+        say(f"nothing to do: the run in {run.path} is complete, {num_batches} batches")
         return 0
-    print(run.plan, flush=True)
+    say(run.plan, flush=True)
 
     # Stream: contexts -> rows of activations -> shuffled batches.
     model, module = run.open_llm()
     trainers = run.trainers()
     if args.dry_run:
-        print(training.timed_steps(run, model, module, trainers))
+        say(training.timed_steps(run, model, module, trainers))
         return 0
     before = min(trainer.batch for trainer in trainers)
-    buffer = training.stream(run, model, module, before, stopping)
+    buffer = training.stream(run, model, module, before, lambda: here.sum(stopping()))
 
     # Loop.
-    bar = tqdm(total=num_batches, initial=before, unit="batch", desc="filling the buffer")
-    with bar, contextlib.suppress(KeyboardInterrupt):
+    started = time.monotonic()
+    with run.bar(before) as bar, contextlib.suppress(KeyboardInterrupt):
         for shown in training.loop(run, model, module, trainers, buffer):
             bar.set_description("training", refresh=False)
             bar.set_postfix(shown, refresh=False)
             bar.update()
-            if stopping():
+            if here.sum(stopping()):
                 break
-    if bar.n < num_batches:
+    if (done := min(trainer.batch for trainer in trainers)) < num_batches:
         run.save_resume(trainers)
-        print(f"\nstopped after batch {bar.n}; the same command with --resume goes on")
+        say(f"\nstopped after batch {done}; the same command with --resume goes on", flush=True)
+        here.everyone(None)  # the launcher ends the first process once another one has left
         return cli.STOPPED
-    seconds = bar.format_dict["elapsed"]
-    rate = (num_batches - before) * args.batch_size_autoencoder / max(seconds, 1e-9)
-    print(
-        "\n".join(folder.wrote for folder in run.folders), f"{seconds:.0f} s, {rate:.0f} tokens/s", sep="; "
-    )
+    say(run.wrote(num_batches - before, time.monotonic() - started))
     return 0
 
 
 if __name__ == "__main__":
     PARSER, ARGS = parse_args()
-    with PARSER.friendly_errors(), cli.stop_requested() as STOPPING:
-        sys.exit(main(ARGS, STOPPING))
+    with PARSER.friendly_errors(), cli.stop_requested(forwarded=processes.launched()) as STOPPING:
+        PARSER.exit(main(ARGS, STOPPING))

@@ -17,8 +17,11 @@ from torch import nn
 
 from sae import InputError
 from sae.artifacts import fingerprint, load_pt, save_pt
+from sae.processes import ALONE
 
 ARCHITECTURES = ("relu", "topk", "batchtopk", "jumprelu")
+# Which dim of a parameter features are.
+FEATURES = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None, "threshold": 0}
 CONFIG_KEYS = ("act_vec_size", "dict_vec_size", "layer_id", "layer_type", "hookpoint", "model_name")
 
 
@@ -28,19 +31,23 @@ class Autoencoder(nn.Module):
     batchtopk and jumprelu have a threshold [F], never negative; topk and batchtopk have a k. `normalize`
     scales every row to L2 norm sqrt(D) on the way in and back on the way out; `factor` does the same by one
     number for all rows, and is 1 in whatever was read from a checkpoint.
+
+    Of several processes (`here`) each holds its share of the features, F then; `decode` adds up over all.
+    Every one has to make the same calls, on the same rows.
     """
 
     def __init__(
-        self, act_vec_size, dict_vec_size, normalize=False, rng=None, device=None, architecture="relu", k=None
-    ):
+        self, act_vec_size, dict_vec_size, normalize=False, rng=None, device=None, architecture="relu",
+        k=None, here=ALONE,
+    ):  # fmt: skip
         super().__init__()
         self.normalize, self.factor, self.architecture, self.k = normalize, 1.0, architecture, k
-        rows_FD = torch.randn(dict_vec_size, act_vec_size, generator=rng)
-        rows_FD = nn.functional.normalize(rows_FD, dim=1).to(device)
+        self.here = here
+        rows_FD = _directions(dict_vec_size, act_vec_size, rng, here.share(dict_vec_size)).to(device)
         self.W_dec = nn.Parameter(rows_FD)
         # Feature-major storage behind the [D, F] shape: a feature's encoder lies together, as its decoder.
         self.W_enc = nn.Parameter(rows_FD.clone().T)
-        self.b_enc = nn.Parameter(torch.zeros(dict_vec_size, device=device))
+        self.b_enc = nn.Parameter(torch.zeros(len(rows_FD), device=device))
         self.b_dec = nn.Parameter(torch.zeros(act_vec_size, device=device))
         if architecture in ("batchtopk", "jumprelu"):
             # Only jumprelu learns it by gradients.
@@ -54,13 +61,12 @@ class Autoencoder(nn.Module):
     def activate(self, pre_NF):
         """Pre-activations -> feature activations, each row for itself."""
         if self.architecture == "topk":
-            kept = pre_NF.topk(self.k, dim=1)
-            return torch.zeros_like(pre_NF).scatter_(1, kept.indices, kept.values.relu())
+            return largest(pre_NF, self.k, self.here)
         f_NF = torch.relu(pre_NF)
         return f_NF if self.architecture == "relu" else f_NF * (pre_NF > self.threshold)
 
     def decode(self, f_NF):
-        return f_NF @ self.W_dec + self.b_dec
+        return self.here.total(f_NF @ self.W_dec) + self.b_dec
 
     def scale(self, x_ND):
         """[N, 1]: what each row is multiplied by before encoding. Zeros stay zeros."""
@@ -81,6 +87,36 @@ class Autoencoder(nn.Module):
         return self.decode(self.encode(x_ND * scale_N1)) / scale_N1
 
 
+def _directions(features, width, rng, own):
+    """Random rows of unit norm [own, D] out of [features, D]: the same whatever the share is.
+
+    Blocks of whole 16 numbers are drawn one after the other as all of them at once.
+    """
+    rows, starts = [], range(0, max(1, features - 16), 4096)
+    for start, end in zip(starts, (*starts[1:], features), strict=True):
+        block_FD = torch.randn(end - start, width, generator=rng)
+        block_FD = block_FD[max(own.start - start, 0) : max(own.stop - start, 0)]
+        rows.append(nn.functional.normalize(block_FD, dim=1))
+    return torch.cat(rows)
+
+
+def largest(pre_NF, k, here):
+    """The k largest of each row over all processes' features; what is below them, or negative, becomes 0."""
+    kept = pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False)
+    values_NK = kept.values
+    if here.count > 1:
+        values_NK = values_NK * (values_NK >= least(values_NK, k, here))
+    return torch.zeros_like(pre_NF).scatter_(1, kept.indices, values_NK.relu())
+
+
+def least(largest_NK, k, here):
+    """[N, 1]: the smallest of the k largest of each row, out of every process's own k largest."""
+    if here.count > 1:
+        own_NK = nn.functional.pad(largest_NK, (0, k - largest_NK.shape[1]), value=-torch.inf)
+        largest_NK = here.join(own_NK, 1).topk(k, dim=1, sorted=False).values
+    return largest_NK.amin(1, keepdim=True)
+
+
 class Checkpoint(NamedTuple):
     config: dict
     autoencoder: Autoencoder
@@ -91,10 +127,17 @@ class Checkpoint(NamedTuple):
 def save_checkpoint(path, config, autoencoder, log10_frequency):
     """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least).
 
+    Of several processes the first writes, gathering the weights matrix by matrix.
+
     Readers need not know of a `factor` c: f(c x) = c max((x - b_dec / c) W_enc + b_enc / c, 0), and so the
     biases and the threshold are divided by it. Activations then are in units of the LLM's.
     """
-    state = {name: value.contiguous().cpu() for name, value in autoencoder.state_dict().items()}
+    state = {}
+    for name, value in autoencoder.state_dict().items():
+        value = autoencoder.here.whole(value, FEATURES[name])
+        state[name] = value if value is None else value.contiguous().cpu()
+    if autoencoder.here.rank:
+        return
     if autoencoder.factor != 1:
         config = config | {"scale_factor": autoencoder.factor}
         state |= {name: state[name] / autoencoder.factor for name in state if not name.startswith("W_")}

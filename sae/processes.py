@@ -25,6 +25,11 @@ class Processes(NamedTuple):
     count: int
     device: str  # of this process
 
+    @property
+    def neighbours(self):
+        """How many of them are on this machine, this one included."""
+        return min(self.count, int(os.environ.get("LOCAL_WORLD_SIZE") or self.count))
+
     def everyone(self, value):
         """The (small, picklable) values of all processes, in rank order."""
         if self.count == 1:
@@ -44,6 +49,65 @@ class Processes(NamedTuple):
             with _together() as dist:
                 dist.reduce(tensor, 0)
 
+    def total(self, tensor):
+        """In place, and at every process: the sum of all processes' tensors, bit for bit the same."""
+        if self.count > 1:
+            with _together() as dist:
+                dist.all_reduce(tensor)
+        return tensor
+
+    def sum(self, number):
+        """Of a whole number, over the CPU: no GPU is waited for."""
+        if self.count == 1:
+            return number
+        import torch
+
+        return int(self.total(torch.tensor(int(number))))
+
+    def join(self, tensor, dim=0):
+        """The tensors of all processes, which have one shape, in rank order along `dim`."""
+        if self.count == 1:
+            return tensor
+        import torch
+
+        parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(self.count)]
+        with _together() as dist:
+            dist.all_gather(parts, tensor.contiguous())
+        return torch.cat(parts, dim)
+
+    def placed(self, rows, places, count):
+        """[count, ...]: the rows of all processes, of each where its `places` say; no two say the same."""
+        whole = rows.new_zeros(count, *rows.shape[1:])
+        whole[places] = rows
+        return self.total(whole)
+
+    def share(self, count):
+        """The slice of 0 to `count` that is this process's: neighbours, about as many for each."""
+        return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
+
+    def own(self, whole, dim):
+        """This process's share of a tensor along `dim`; all of it where that is None."""
+        if dim is None or self.count == 1:
+            return whole
+        mine = self.share(whole.shape[dim])
+        return whole.narrow(dim, mine.start, mine.stop - mine.start)
+
+    def whole(self, own, dim):
+        """The mirror of `own`: at the first process, on the CPU, with no second copy; None elsewhere."""
+        if dim is None or self.count == 1:
+            return own
+        if dim:
+            whole = self.whole(own.transpose(0, dim), 0)
+            return whole if whole is None else whole.transpose(0, dim)
+        lengths, own = self.everyone(len(own)), own.detach().cpu().contiguous()
+        with _together() as dist:
+            if self.rank:
+                return dist.send(own, 0)
+            whole = own.new_empty(sum(lengths), *own.shape[1:])
+            for rank, part in enumerate(whole.split(lengths)):
+                dist.recv(part, rank) if rank else part.copy_(own)
+        return whole
+
     @contextmanager
     def first_decides(self):
         """Within: checks of the first process (`if processes.rank == 0`). What it refuses, all refuse."""
@@ -58,6 +122,9 @@ class Processes(NamedTuple):
         if said:
             _wait_for_the_end()
             sys.exit(2)
+
+
+ALONE = Processes(0, 1, None)
 
 
 @contextmanager
@@ -83,7 +150,7 @@ def launched():
 
 def alone_or_join(num_gpus):
     """The Processes that `deepspeed` started, or this one alone, on whatever device."""
-    return join(num_gpus) if launched() or num_gpus > 1 else Processes(0, 1, None)
+    return join(num_gpus) if launched() or num_gpus > 1 else ALONE
 
 
 def join(num_gpus):
@@ -103,15 +170,15 @@ def join(num_gpus):
         raise InputError(f"a GPU for each process needed, got {gpus} GPUs and a process number {local}")
     if gpus:
         torch.cuda.set_device(local)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or count)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    here = Processes(rank, count, f"cuda:{local}" if gpus else "cpu")
+    if not gpus and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.neighbours))
     if count > 1:
         # gloo beside nccl: what the processes tell each other goes over the CPU, no GPU waits for it.
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
         # Its threads must be gone before Python is: they abort a process that exits with another status.
         atexit.register(torch.distributed.destroy_process_group)
-    return Processes(rank, count, f"cuda:{local}" if gpus else "cpu")
+    return here
 
 
 def load_model(processes, name, dtype, parallel, trust_remote_code=False):
@@ -138,8 +205,8 @@ def load_model(processes, name, dtype, parallel, trust_remote_code=False):
 class Parser(cli.Parser):
     """A cli.Parser for every process at once: an error that all of them meet is printed by the first."""
 
-    def parse_args(self):
-        args, surplus = self.parse_known_args()
+    def parse_args(self, words=None):
+        args, surplus = self.parse_known_args(words)
         if surplus:  # not shown, but for flags: a key in two words would be among them
             flags = " ".join(word for word in surplus if word.startswith("--"))
             self.error(f"{len(surplus)} arguments more than needed came{f': {flags}' if flags else ''}")

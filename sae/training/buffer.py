@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class ShuffleBuffer:
             refills = self._block_batches(block + 1)
             for step, drawn_N in enumerate(self._order_N.split(self.batch_size)):
                 if block * self.capacity + step >= first:
-                    yield self._rows_ND[drawn_N]
+                    yield self.rows(drawn_N)
                 if step < refills:
                     self._fill(drawn_N, len(slots_N))
             slots_N = self._order_N[: refills * self.batch_size]
@@ -60,10 +61,66 @@ class ShuffleBuffer:
             if not len(self._chunk):
                 self._chunk = next(self._chunks)
             if self._rows_ND is None:
-                self._rows_ND = self._chunk.new_empty(size, self._chunk.shape[1], device=self.device)
+                self._allocate(size)
             new_ND, self._chunk = self._chunk[: len(slots_N)], self._chunk[len(slots_N) :]
-            self._rows_ND[slots_N[: len(new_ND)]] = new_ND.to(self.device)
+            self._write(slots_N[: len(new_ND)], new_ND)
             slots_N = slots_N[len(new_ND) :]
+
+    def _allocate(self, size):
+        self._rows_ND = self._chunk.new_empty(size, self._chunk.shape[1], device=self.device)
+
+    def _write(self, slots_N, new_ND):
+        self._rows_ND[slots_N] = new_ND.to(self.device)
+
+
+class SharedBuffer(ShuffleBuffer):
+    """The same batches at every one of several processes (`here`), each of which holds its own rows alone.
+
+    chunks: those of all, in order; another one's are on the device "meta": a shape without memory. burst: how
+    many rows one process gives at once. Every process draws the same slots; where it keeps a slot's row,
+    `_place_N` says, -1 where it does not. All numbers lie on the CPU: no GPU is waited for.
+    """
+
+    def __init__(self, chunks, batch_size, num_batches, capacity, seed, device, here, burst):
+        super().__init__(chunks, batch_size, num_batches, capacity, seed)
+        slots = self._block_batches(0) * batch_size
+        self._rows_device, self._here = device, here
+        self._place_N = torch.full((slots,), -1)
+        self._free_N = torch.arange(own_rows(slots, burst, here.count))  # the first `_free` of them are free
+        self._free = len(self._free_N)
+
+    def rows(self, slots):
+        """The rows in these slots: [n, D], at every process."""
+        place_n = self._place_N[slots]
+        own = (place_n >= 0).nonzero()[:, 0]
+        places, own_places = own.to(self._rows_device), place_n[own].to(self._rows_device)
+        return self._here.placed(self._rows_ND[own_places], places, len(slots))
+
+    def _allocate(self, _size):
+        width = self._chunk.shape[1]
+        self._rows_ND = self._chunk.new_empty(len(self._free_N), width, device=self._rows_device)
+
+    def _write(self, slots_N, new_ND):
+        place_N = self._place_N[slots_N]  # of rows that have been drawn
+        left_N = place_N[place_N >= 0]
+        self._free_N[self._free : self._free + len(left_N)] = left_N
+        self._free += len(left_N)
+        self._place_N[slots_N] = -1
+        if new_ND.is_meta:
+            return
+        self._free -= len(slots_N)
+        assert self._free >= 0, "own_rows is too few"
+        place_N = self._free_N[self._free : self._free + len(slots_N)]
+        self._place_N[slots_N] = place_N
+        self._rows_ND[place_N.to(self._rows_device)] = new_ND.to(self._rows_device)
+
+
+def own_rows(slots, burst, processes):
+    """How many of the rows in a buffer lie at one process at most.
+
+    Its share, what it is ahead by at either end of the stream, and 16 standard deviations of what is drawn.
+    """
+    return min(slots, -(-slots // processes) + 2 * burst + 4 * math.isqrt(slots))
 
 
 def llm_batches(num_contexts, batch_size, seed, start=0):

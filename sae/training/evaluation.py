@@ -4,12 +4,15 @@ Dims: M held-out contexts, B contexts of a batch, T tokens, V vocabulary, N rows
 F features, C token classes.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from torch.nn import functional
 
 from sae import InputError
 from sae.activations import on_output
+from sae.processes import ALONE
 from sae.training.probe import CLASSES, probe_f1
 
 KL_CONTEXTS = 64  # it takes predictions that nothing keeps, and varies little from context to context
@@ -39,10 +42,15 @@ class Judge:
 
     ids_MT: the contexts; documents_M: the document of each; classes_MT: of each token, a number of
     `probe.CLASSES` or -1. Positions before `skip_positions` stay as the LLM made them.
+
+    Several processes (`here`) take batches in turn; each encodes the rows of all with its own features.
     """
 
-    def __init__(self, model, module, ids_MT, documents_M, classes_MT=None, skip_positions=0, batch_size=16):
+    def __init__(
+        self, model, module, ids_MT, documents_M, classes_MT=None, skip_positions=0, batch_size=16, here=ALONE
+    ):
         self._model, self._module, self._skip, self._batch_size = model, module, skip_positions, batch_size
+        self._here = here
         self._ids_MT, self._ce_M, self._ce_zero_M = ids_MT, [], []
         _, self._documents_M = np.unique(documents_M, return_inverse=True)
         # Half of the documents chooses the features of a class, the other scores them.
@@ -59,18 +67,25 @@ class Judge:
         predictions with the reconstruction from its own, over KL_CONTEXTS; all in nats per predicted token.
         loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce), with the 95% interval over documents.
         """
-        tallies = [_Tally(autoencoder, self._skip) for autoencoder in autoencoders]
+        tallies, size = [_Tally(autoencoder, self._skip) for autoencoder in autoencoders], self._batch_size
         own, zero, kl = self._ce_M, self._ce_zero_M, [[] for _ in tallies]
-        parts = (tensor_MT.split(self._batch_size) for tensor_MT in (self._ids_MT, self._labels_MT))
-        for number, (ids_BT, labels_BT) in enumerate(zip(*parts, strict=True)):
-            done, compared = number * self._batch_size, max(0, KL_CONTEXTS - number * self._batch_size)
+        rounds = (tensor_MT.split(size * self._here.count) for tensor_MT in (self._ids_MT, self._labels_MT))
+        for number, (ids_RT, labels_RT) in enumerate(zip(*rounds, strict=True)):
+            turn = slice(self._here.rank * size, (self._here.rank + 1) * size)
+            ids_BT, done = ids_RT[turn], number * size
+            compared = max(0, KL_CONTEXTS - done * self._here.count - turn.start)
+            hooks = [tally.reconstruct(labels_RT, turn) for tally in tallies]
+            if not len(ids_BT):  # in the last round; the others still need this process's features
+                for tally, hook in zip(tallies, hooks, strict=True):
+                    hook(tally.total_D.new_empty(0, ids_RT.shape[1], len(tally.total_D)))
+                continue
             if len(zero) == done:
                 zero += _cross_entropies(self._logits(ids_BT, self._zero), ids_BT)
             if len(own) == done or compared:
                 own_BTV = self._logits(ids_BT, lambda _acts: None)
                 own[done : done + len(ids_BT)] = _cross_entropies(own_BTV, ids_BT)
-            for tally, kl_M in zip(tallies, kl, strict=True):
-                logits_BTV = self._logits(ids_BT, tally.reconstruct(labels_BT))
+            for tally, hook, kl_M in zip(tallies, hooks, kl, strict=True):
+                logits_BTV = self._logits(ids_BT, hook)
                 tally.ce_M += _cross_entropies(logits_BTV, ids_BT)
                 kl_M += _divergences(own_BTV[:compared], logits_BTV[:compared]) if compared else []
         return [self._figures(tally, kl_M) for tally, kl_M in zip(tallies, kl, strict=True)]
@@ -78,13 +93,23 @@ class Judge:
     def _figures(self, tally, kl_M):
         predicted = max(1, self._ids_MT.shape[1] - 1)
         ce = {"ce": self._ce_M, "ce_sae": tally.ce_M, "ce_zero": self._ce_zero_M}
+        ce = {name: self._in_order(values) for name, values in ce.items()}
+        kl_M, own = self._in_order(kl_M), tally.figures()
         return {
-            **tally.figures(),
+            **own,
             **{name: float(np.mean(values)) / predicted for name, values in (ce | {"kl": kl_M}).items()},
             **_recovered(*(np.bincount(self._documents_M, values) for values in ce.values())),
             "documents": int(self._documents_M.max()) + 1,
             "contexts": len(self._ids_MT),
         }
+
+    def _in_order(self, values):
+        """Of all processes' values those of the contexts in order; a process's are of every N-th batch."""
+        size = self._batch_size
+        parts = [
+            [some[at : at + size] for at in range(0, len(some), size)] for some in self._here.everyone(values)
+        ]
+        return [one for turn in itertools.zip_longest(*parts, fillvalue=()) for part in turn for one in part]
 
     def _logits(self, ids_BT, hook):
         with on_output(self._module, ids_BT.shape, hook):
@@ -98,24 +123,28 @@ class _Tally:
     """What one autoencoder makes of the rows."""
 
     def __init__(self, autoencoder, skip_positions):
-        self._autoencoder, self._skip = autoencoder, skip_positions
+        self._autoencoder, self._skip, self._here = autoencoder, skip_positions, autoencoder.here
         D, F = len(autoencoder.b_dec), len(autoencoder.b_enc)
         self._labels, device = 2 * (len(CLASSES) + 1), autoencoder.b_dec.device
-        self._total_D = torch.zeros(D, dtype=torch.float64, device=device)
+        self.total_D = torch.zeros(D, dtype=torch.float64, device=device)
         self._fired_LF = torch.zeros(self._labels, F, dtype=torch.float64, device=device)
         self._rows_L = torch.zeros(self._labels, dtype=torch.float64, device=device)
         self._error = self._squares = 0
         self.ce_M = []
 
-    def reconstruct(self, labels_BT):
-        """A hook that puts the reconstruction in place, and counts."""
+    def reconstruct(self, labels_RT, turn):
+        """A hook that puts the reconstruction in place, and counts. turn: this process's contexts of R."""
+        labels_RT = labels_RT[:, self._skip :]
+        own = slice(turn.start * labels_RT.shape[1], turn.stop * labels_RT.shape[1])
+        labels_N = labels_RT.flatten()
 
         def hook(acts_BTD):
-            parts = []
-            x_ND, labels_N = acts_BTD[:, self._skip :].flatten(0, 1), labels_BT[:, self._skip :].flatten()
+            parts, x_ND = [], acts_BTD[:, self._skip :].flatten(0, 1)
+            if self._here.count > 1:
+                x_ND = self._here.placed(x_ND.float(), own, len(labels_N))
             for some_ND, some_N in zip(x_ND.split(SLICE), labels_N.split(SLICE), strict=True):
-                parts.append(self._count(some_ND.to(self._total_D.device, torch.float32), some_N))
-            return _with_rows(acts_BTD, torch.cat(parts), self._skip)
+                parts.append(self._count(some_ND.to(self.total_D.device, torch.float32), some_N))
+            return _with_rows(acts_BTD, torch.cat(parts)[own], self._skip)
 
         return hook
 
@@ -125,19 +154,22 @@ class _Tally:
         out_ND = autoencoder.decode(f_NF) / autoencoder.scale(x_ND)
         self._error += (x_ND - out_ND).double().square().sum()
         self._squares += x_ND.double().square().sum()
-        self._total_D += x_ND.double().sum(0)
+        self.total_D += x_ND.double().sum(0)
         labels_NL = functional.one_hot(labels_N.to(x_ND.device), self._labels).float()
         self._fired_LF += labels_NL.T @ (f_NF > 0).float()
         self._rows_L += labels_NL.sum(0)
         return out_ND
 
     def figures(self):
-        rows = self._rows_L.sum()
-        spread = self._squares - self._total_D.square().sum() / rows
+        rows, fired_FL = self._rows_L.sum(), self._here.whole(self._fired_LF.T, 0)
+        if fired_FL is None:
+            return {}  # the first process has them all
+        spread = self._squares - self.total_D.square().sum() / rows
+        fired_2CF = fired_FL.T.to(rows.device).unflatten(0, (2, -1))
         return {
-            "l0": float(self._fired_LF.sum() / rows),
+            "l0": float(fired_2CF.sum() / rows),
             "explained_variance": float(1 - self._error / spread) if spread > 0 else None,
-            "probe_f1": probe_f1(self._fired_LF.unflatten(0, (2, -1)), self._rows_L.unflatten(0, (2, -1))),
+            "probe_f1": probe_f1(fired_2CF, self._rows_L.unflatten(0, (2, -1))),
         }
 
 

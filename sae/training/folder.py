@@ -9,6 +9,7 @@ from sae import InputError
 from sae.artifacts import load_pt, lock, save_pt
 from sae.autoencoder import save_checkpoint
 from sae.plots import draw, frequency_histogram, loss_curves
+from sae.processes import ALONE
 
 RESUME_SECONDS = 900  # between two writes of resume.pt where checkpoints are further apart
 
@@ -36,19 +37,28 @@ def _load_resume(path):
 class RunFolder:
     """The folder of a run, this process's alone until it ends; `config` decides the run's results.
 
-    Raises InputError where another run is writing into it, where a run would be overwritten, or where the run
-    to go on with was started with other flags.
+    Of several processes (`here`) the first writes what all of them give it: all make the same calls. Raises
+    InputError where another run is writing into it, where a run would be overwritten, or where the run to go
+    on with was started with other flags.
     """
 
-    def __init__(self, path, config, resume, writer=None):
-        self.path, self.config, self.saved_at = Path(path), config, time.monotonic()
+    def __init__(self, path, config, resume, writer=None, here=ALONE):
+        self.path, self.config, self.saved_at, self._here = Path(path), config, time.monotonic(), here
         self._writer, self._board = writer, None  # for TensorBoard: the class, and one of it from `start` on
-        self._metrics, started = self.path / "metrics.jsonl", any(self.path.glob("*.pt"))
+        self._metrics, self._saved = self.path / "metrics.jsonl", None
+        self.wrote = f"{path} was complete"  # the newest line for the user
+        with here.first_decides():
+            if here.rank == 0:
+                self._open(resume)
+        if here.from_first(bool(self._saved)) and here.rank:
+            self._saved = _load_resume(self.path / "resume.pt")
+
+    def _open(self, resume):
+        path, started = self.path, any(self.path.glob("*.pt"))
         if resume and started and not (self.path / "resume.pt").exists():
             raise InputError(f"--resume needs {path}/resume.pt, which is not there")
         if not resume and (started or (self._metrics.exists() and self._metrics.stat().st_size)):
             raise InputError(f"an empty --save_path or --resume needed, {path} holds a run")
-        self.wrote = f"{path} was complete"  # the newest line for the user
         self.path.mkdir(parents=True, exist_ok=True)
         self._handle = open(self._metrics, "ab")  # noqa: SIM115, closed with the process: it holds the lock
         lock(self._handle, f"a --save_path of its own needed, another run is writing {path}")
@@ -77,17 +87,19 @@ class RunFolder:
 
     def start(self, trainer):
         """Put the trainer where the run stopped, or keep its beginning: from here on a kill loses nothing."""
-        # Lines that were written after resume.pt: their steps are trained again.
-        self._handle.truncate(self._saved["metrics_bytes"] if self._saved else 0)
+        if self._here.rank == 0:  # lines that were written after resume.pt: their steps are trained again
+            self._handle.truncate(self._saved["metrics_bytes"] if self._saved else 0)
         if self._saved:
             trainer.restore(self._saved["trainer"])
             self._saved = None
         else:
             self.save_resume(trainer)
-        if self._writer:
+        if self._writer and self._here.rank == 0:
             self._board = self._writer(str(self.path / "tensorboard"), purge_step=trainer.batch + 1)
 
     def append(self, events):
+        if self._here.rank:
+            return
         self._handle.writelines(f"{json.dumps(event)}\n".encode() for event in events)
         self._handle.flush()
         for event in events if self._board else ():
@@ -104,11 +116,14 @@ class RunFolder:
     def save_resume(self, trainer):
         """All that only going on needs, in one atomic file."""
         trainer.finite_losses()  # refuses to replace a good state by a broken one
+        whole = trainer.state()
+        if self._here.rank:
+            return
         os.fsync(self._handle.fileno())
         if self._board:
             self._board.flush()
         size = os.fstat(self._handle.fileno()).st_size
-        state = {"config": self.config, "trainer": trainer.state(), "metrics_bytes": size}
+        state = {"config": self.config, "trainer": whole, "metrics_bytes": size}
         save_pt(self.path / "resume.pt", state)
         self.saved_at = time.monotonic()
 
@@ -117,9 +132,11 @@ class RunFolder:
         trainer.finite_losses()
         batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
         log10_frequency, rows = trainer.log10_frequency(self.config["batch_size_autoencoder"])
-        figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
         config = self.config | {"trained_batches": batch, "trained_tokens": tokens, "frequency_tokens": rows}
         save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
+        if self._here.rank:
+            return self.save_resume(trainer)
+        figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
         event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures}
         self.append([event])
         self.save_resume(trainer)

@@ -1,5 +1,6 @@
 """Reviving dead features, by the two methods of Bricken et al. 2023.
 
+Where features are shared out over processes (`autoencoder.here`), each revives its own, all at once.
 Dims: K dead features, M inputs looked at, D act_vec_size, F dict_vec_size.
 """
 
@@ -33,25 +34,36 @@ def revive_from_inputs(autoencoder, optimizer, dead_K, inputs_KD):
 @torch.no_grad()
 def revive_at_random(autoencoder, optimizer, dead_K, rng):
     """`replacement`: fresh vectors as at the start (unit norm, encoder = decoder), zero bias."""
-    fresh_KD = rng.standard_normal((len(dead_K), autoencoder.W_dec.shape[1]), dtype="float32")
+    deaths = autoencoder.here.everyone(len(dead_K))
+    # Those of the processes before this one are drawn as well: what a feature gets does not depend on N.
+    for count in deaths[: autoencoder.here.rank + 1]:
+        fresh_KD = rng.standard_normal((count, autoencoder.W_dec.shape[1]), dtype="float32")
     fresh_KD = functional.normalize(torch.from_numpy(fresh_KD), dim=1).to(autoencoder.W_dec.device)
     _replace(autoencoder, optimizer, dead_K, fresh_KD, fresh_KD)
 
 
 def _living(autoencoder, dead_K):
-    """Mean encoder norm of the living features, 1 where none lives; and which they are."""
+    """Means over the living features of all processes: encoder norm, threshold (None without any).
+
+    Where none lives they are 1 and the mean of all thresholds.
+    """
     alive_F = torch.ones(len(autoencoder.b_enc), dtype=torch.bool, device=dead_K.device)
     alive_F[dead_K] = False
+    living = autoencoder.here.sum(int(alive_F.sum()))
     norms = torch.linalg.vector_norm(autoencoder.W_enc[:, alive_F], dim=0)
-    return norms.mean() if len(norms) else 1.0, alive_F
+    norm = autoencoder.here.total(norms.sum()) / living if living else 1.0
+    if autoencoder.architecture != "jumprelu":
+        return norm, None
+    some_F = alive_F if living else slice(None)
+    count = autoencoder.here.sum(len(autoencoder.threshold[some_F]))
+    return norm, autoencoder.here.total(autoencoder.threshold[some_F].sum()) / count
 
 
 def _replace(autoencoder, optimizer, dead_K, encoder_KD, decoder_KD):
     changed = [(autoencoder.W_dec, 0), (autoencoder.W_enc, 1), (autoencoder.b_enc, 0)]
     if autoencoder.architecture == "jumprelu":
         # As far above the new encoder's activations as the living features' thresholds are above theirs.
-        norm, alive_F = _living(autoencoder, dead_K)
-        mean = autoencoder.threshold[alive_F].mean() if alive_F.any() else autoencoder.threshold.mean()
+        norm, mean = _living(autoencoder, dead_K)
         autoencoder.threshold[dead_K] = torch.linalg.vector_norm(encoder_KD, dim=1) / norm * mean
         changed.append((autoencoder.threshold, 0))
     autoencoder.W_dec[dead_K] = decoder_KD

@@ -15,9 +15,10 @@ import torch
 from tqdm import tqdm
 
 from sae import InputError, __version__, activations, cli, models
+from sae.processes import ALONE, Processes
 from sae.tokens import check_tokenizer, load_tokenizer, open_dataset, read_contexts
 from sae.training import steps, sweep
-from sae.training.buffer import ShuffleBuffer, llm_batches
+from sae.training.buffer import SharedBuffer, ShuffleBuffer, llm_batches, own_rows
 from sae.training.evaluation import SLICE, Judge, split_held_out
 from sae.training.folder import RunFolder, saved_preload, tensorboard
 from sae.training.probe import token_classes
@@ -26,7 +27,7 @@ from sae.training.trainer import Resampling, new_trainer, train
 # Flags that may differ when a run is resumed: they do not decide its results.
 FREE_FLAGS = {
     "resume", "dry_run", "save_path", "dataset_path", "device_llm", "device_autoencoder", "trust_remote_code",
-    "allow_other_tokenizer", "tensorboard",
+    "allow_other_tokenizer", "tensorboard", "num_gpus", "local_rank",
 }  # fmt: skip
 DEFAULT_PRELOAD = 25000
 BAR = {"loss": "{loss:.4g}", "L0": "{l0:.1f}", "dead": "{dead}"}  # of the newest lines of the logs
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     path: Path
     folders: list  # a RunFolder for each autoencoder, none for a dry run
     trust_remote_code: bool
+    here: Processes  # that share the LLM's contexts and the autoencoders' features out
 
     @property
     def config(self):
@@ -67,7 +69,7 @@ class Run(NamedTuple):
 
     def trainers(self):
         """A Trainer for each autoencoder, where its run stopped or at its beginning."""
-        trainers = [new_trainer(config, *self.autoencoder) for config in self.configs]
+        trainers = [new_trainer(config, *self.autoencoder, self.here) for config in self.configs]
         for folder, trainer in zip(self.folders, trainers, strict=False):
             folder.start(trainer)
         return trainers
@@ -75,6 +77,16 @@ class Run(NamedTuple):
     def save_resume(self, trainers):
         for folder, trainer in zip(self.folders, trainers, strict=True):
             folder.save_resume(trainer)
+
+    def bar(self, before):
+        options = {"unit": "batch", "desc": "filling the buffer", "disable": self.here.rank > 0}
+        return tqdm(total=self.config["num_batches"], initial=before, **options)
+
+    def wrote(self, batches, seconds):
+        """What the first process says at the end."""
+        rate = batches * self.config["batch_size_autoencoder"] / max(seconds, 1e-9)
+        lines = "\n".join(folder.wrote for folder in self.folders)
+        return f"{lines}; {seconds:.0f} s, {rate:.0f} tokens/s"
 
     def open_llm(self):
         """The LLM and its module at the hookpoint."""
@@ -96,16 +108,19 @@ class Run(NamedTuple):
                 held_out_M = np.searchsorted(rows, self.held_out_rows[where_M])
                 classes_MT[where_M] = classes_RT[held_out_M, : ids_MT.shape[1]]
         skip, batch_size = self.config["skip_positions"], self.config["batch_size_llm"]
-        return Judge(model, module, ids_MT, documents_M, classes_MT, skip, batch_size)
+        return Judge(model, module, ids_MT, documents_M, classes_MT, skip, batch_size, self.here)
 
     def contexts(self, rows):
         """Batches of ids [B, T] of these rows of the dataset."""
         return read_contexts(self.dataset, rows, self.config["batch_size_llm"], self.config["num_tokens"])
 
 
-def prepare(flags):
+def prepare(flags, here=ALONE):
     """The Run that the flags (a dict) describe; raises InputError for whatever speaks against it."""
-    device_llm, device = cli.device_pair(flags["device_llm"], flags["device_autoencoder"])
+    given = [flags["device_llm"], flags["device_autoencoder"]]
+    if here.count > 1 and any(given):
+        raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
+    device_llm, device = cli.device_pair(*([here.device] * 2 if here.count > 1 else given))
     llm = Place(device_llm, models.pick_dtype(flags["dtype_llm"], device_llm))
     autoencoder = Place(device, models.fast_dtype(device))
     dataset, info = open_dataset(flags["dataset_path"])
@@ -122,19 +137,24 @@ def prepare(flags):
     path, singles, resume = Path(flags["save_path"]), sweep.combinations(flags), flags["resume"]
     read = info, hookpoint, width, llm.dtype, len(training_rows)
     configs = [run_config(one, *read) for one in singles.values()]
+    if (fewest := min(config["dict_vec_size"] for config in configs)) < here.count:
+        raise InputError(
+            f"--dict_vec_size of at least a feature a process needed, got {fewest}, {here.count}"
+        )
     paths = [path / name for name in singles]
     preload, writes = configs[0]["num_batches_preload"], not flags["dry_run"]
     if writes:
         sweep.check_place(path, singles)
         if resume and preload is None:
             preload = saved_preload(paths)
-    preload, plan = plan_memory(configs, preload, skeleton, llm, autoencoder)
+    preload, plan = plan_memory(configs, preload, skeleton, llm, autoencoder, here)
     configs = [config | {"num_batches_preload": preload} for config in configs]
     writer = tensorboard() if flags["tensorboard"] else None
-    folders = [RunFolder(*one, resume, writer) for one in zip(paths, configs, strict=True)] if writes else []
+    places = zip(paths, configs, strict=True) if writes else ()
+    folders = [RunFolder(*one, resume, writer, here) for one in places]
     data = dataset, flags["dataset_path"], documents, training_rows, held_out_rows
-    run = Run(configs, *data, llm, autoencoder, plan, path, folders, trust_remote_code)
-    if run.finished:
+    run = Run(configs, *data, llm, autoencoder, plan, path, folders, trust_remote_code, here)
+    if run.finished and here.rank == 0:
         sweep.write(path, folders)  # a kill may have come before it
     return run
 
@@ -180,20 +200,24 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
     } | steps.settings(flags, num_batches, dict_vec_size)  # fmt: skip
 
 
-def plan_memory(configs, preload, skeleton, llm, autoencoder):
+def plan_memory(configs, preload, skeleton, llm, autoencoder, here=ALONE):
     """Settle the batches in the shuffle buffer so that all fits; returns them and a line for the user.
 
     preload: None for the default, which fills at most half of the memory that is left; a given one may fill
-    0.9 of it. llm, autoencoder: Places; the buffer lies with the autoencoders in the LLM's dtype. Raises
-    InputError where it cannot fit.
+    0.9 of it. llm, autoencoder: Places; the buffer lies with the autoencoders in the LLM's dtype. Of several
+    processes (`here`) each gets a share, and the one with the least memory decides. Raises InputError where
+    it cannot fit.
     """
     config, device = configs[0], autoencoder.device
     num_batches, N = config["num_batches"], config["batch_size_autoencoder"]
     parts = {
         "LLM": (llm.device, llm_bytes(config, skeleton, llm.dtype)),
-        "autoencoder": (device, autoencoder_bytes(configs, autoencoder.dtype, device.type == "cuda")),
+        "autoencoder": (
+            device,
+            autoencoder_bytes(configs, autoencoder.dtype, device.type == "cuda", here.count),
+        ),
     }
-    left = {place: _free_bytes(place) for place, _ in parts.values()}
+    left = {place: min(here.everyone(_free_bytes(place, here))) for place, _ in parts.values()}
     for part, (place, size) in parts.items():
         left[place] -= size
         if left[place] < 0:
@@ -201,8 +225,9 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
                 f"{size / 1e9:.2f} GB for the {part} needed on {place}, {-left[place] / 1e9:.2f} too much: "
                 "take a smaller --dict_vec_size, --batch_size_llm or --batch_size_autoencoder"
             )
-    batch_bytes = N * (config["act_vec_size"] * llm.dtype.itemsize + 24)  # and the rows' places in the order
     wanted = min(preload or DEFAULT_PRELOAD, num_batches)
+    held = own_rows(wanted * N, config["batch_size_llm"] * config["context_rows"], here.count) / wanted
+    batch_bytes = held * config["act_vec_size"] * llm.dtype.itemsize + 24 * N  # and places in the order
     fits = int(left[device] * (0.9 if preload else 0.5) / batch_bytes)
     if fits < (wanted if preload else 1):
         raise InputError(
@@ -213,11 +238,25 @@ def plan_memory(configs, preload, skeleton, llm, autoencoder):
     sizes = ", ".join(f"{part} {size / 1e9:.2f}" for part, (_, size) in parts.items())
     fewer = f" of {wanted}: more would fill over half of what is left" if settled < wanted else ""
     again = "; each epoch comes in a new order" if num_batches > config["epoch_batches"] else ""
-    return settled, (
+    line = (
         f"memory, GB: {sizes}, buffer {settled * batch_bytes / 1e9:.2f} ({settled} batches{fewer}); LLM in "
         f"{config['dtype_llm']} on {llm.device}, autoencoder in float32 on {device}, its products in "
         f"{str(autoencoder.dtype).removeprefix('torch.')}\n"
         f"data: {num_batches} batches of {N} tokens to train, {config['epoch_batches']} in an epoch{again}"
+    )
+    return settled, line + (_exchange(configs, llm.dtype, autoencoder.dtype, here) if here.count > 1 else "")
+
+
+def _exchange(configs, dtype_llm, dtype, here):
+    """A line on what several processes add up or gather in a step."""
+    D, N = configs[0]["act_vec_size"], configs[0]["batch_size_autoencoder"]
+    auxk = " (twice while features are dead)" if configs[0]["auxk"] else ""
+    firing = sum((config["k"] or 0) * N * dtype.itemsize * here.count for config in configs)
+    rest = len(configs) * D * 4 + firing
+    return (
+        f"\n{here.count} processes: memory is each one's; exchange per step, bytes: "
+        f"{N * D * dtype_llm.itemsize} for rows, {len(configs) * N * D * 4}{auxk} for reconstructions, "
+        f"{rest} more"
     )
 
 
@@ -231,7 +270,7 @@ def llm_bytes(config, skeleton, dtype):
     return numbers * dtype.itemsize + config["min_tokens"] * text.vocab_size * 16
 
 
-def autoencoder_bytes(configs, dtype, cuda=False):
+def autoencoder_bytes(configs, dtype, cuda=False, processes=1):
     """On the CPU measured with each architecture, dense and sparse.
 
     What lasts, of each: weights, gradients and Adam's two moments; copies for the products and room for a
@@ -240,14 +279,16 @@ def autoencoder_bytes(configs, dtype, cuda=False):
     """
     lasting, passing, more = 0, [], 0 if cuda or dtype == torch.float32 else 3 * dtype.itemsize
     for config in configs:
-        D, F, N = config["act_vec_size"], config["dict_vec_size"], config["batch_size_autoencoder"]
+        D, N = config["act_vec_size"], config["batch_size_autoencoder"]
+        F = -(-config["dict_vec_size"] // processes)
         lasting += D * F * (2 * 4 * 4 + more)
         step, checkpoint = N * (4 * F * dtype.itemsize + 5 * D * 4), SLICE * (3 * F + 5 * D) * 4
         passing.append((1 if cuda else 2) * D * F * 4 + max(step, checkpoint))
     return lasting + max(passing) + 2**27
 
 
-def _free_bytes(device):
+def _free_bytes(device, here):
+    """What this process may take: of a machine's memory its share, for the others fill theirs."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     import psutil
@@ -257,27 +298,40 @@ def _free_bytes(device):
     try:
         used = int((group / "memory.current").read_text())
         cached = int(re.search(r"^inactive_file (\d+)", (group / "memory.stat").read_text(), re.M)[1])
-        return min(free, int((group / "memory.max").read_text()) - used + cached)
+        free = min(free, int((group / "memory.max").read_text()) - used + cached)
     except (OSError, ValueError, TypeError):  # no such limit
-        return free
+        pass
+    return free // here.neighbours
 
 
 def stream(run, model, module, batch, stopping=lambda: False):
     """The ShuffleBuffer that gives batch number `batch` next; KeyboardInterrupt on `stopping()`."""
-    config, device = run.config, run.autoencoder.device
+    config, device, here = run.config, run.autoencoder.device, run.here
     size, preload = config["batch_size_autoencoder"], config["num_batches_preload"]
     # The stream starts at the first row of the block that holds the batch, within a batch of the LLM.
     per_pass = config["batch_size_llm"] * config["context_rows"]
     first, skip = divmod(batch // preload * preload * size, per_pass)
     count = -(-config["num_batches"] * size // per_pass) - first
+    count = -(-count // here.count) * here.count  # in the last round nobody stands aside
     order = llm_batches(len(run.training_rows), config["batch_size_llm"], config["seed"], first)
-    order = tqdm(itertools.islice(order, count), "LLM", count, unit="forward", position=1, leave=False)
+    order = itertools.islice(order, here.rank, count, here.count)
+    bar = {"unit": "forward", "position": 1, "leave": False, "disable": here.rank > 0}
+    order = tqdm(order, "LLM", count // here.count, **bar)
     contexts = itertools.chain.from_iterable(run.contexts(run.training_rows[places]) for places in order)
     rows = activations.activation_rows(model, module, contexts, config["skip_positions"])
     if device != run.llm.device:
         rows = activations.carried(rows, device)
-    chunks = (rows_ND[skip * (place == 0) :] for place, rows_ND in enumerate(cli.until(stopping, rows)))
-    return ShuffleBuffer(chunks, size, config["num_batches"], preload, config["seed"], device)
+    rows = _in_turn(cli.until(stopping, rows), here)
+    chunks = (rows_ND[skip * (place == 0) :] for place, rows_ND in enumerate(rows))
+    shape = size, config["num_batches"], preload, config["seed"], device
+    return ShuffleBuffer(chunks, *shape) if here.count == 1 else SharedBuffer(chunks, *shape, here, per_pass)
+
+
+def _in_turn(rows, here):
+    """Of each round of the processes their rows in turn; of all but its own a process has the shape alone."""
+    for own_ND in rows:
+        for rank in range(here.count):
+            yield own_ND if rank == here.rank else own_ND.to("meta")
 
 
 def loop(run, model, module, trainers, buffer):
@@ -296,8 +350,9 @@ def loop(run, model, module, trainers, buffer):
             figures = judge.figures([trainers[place].autoencoder for place in events])
             for place, of_one in zip(events, figures, strict=True):
                 run.folders[place].save_checkpoint(trainers[place], of_one)
-            sweep.write(run.path, run.folders)
-        elif run.folders[0].resume_is_old():
+            if run.here.rank == 0:
+                sweep.write(run.path, run.folders)
+        elif any(events.values()) and run.here.from_first(run.folders[0].resume_is_old()):
             run.save_resume(trainers)
         shown = [logs[place] for place in sorted(logs)]
         yield {label: "/".join(text.format(**log) for log in shown) for label, text in BAR.items() if shown}
@@ -319,13 +374,15 @@ def timed_steps(run, model, module, trainers):
         rows_ND.sum().item()  # reading a number waits for the device
         read = time.perf_counter()
         for trainer in trainers:
-            trainer.step(rows_ND[torch.arange(size, device=device) % len(rows_ND)])
+            batch_ND = rows_ND[torch.arange(size, device=device) % len(rows_ND)]
+            run.here.total(batch_ND.mul_(run.here.rank == 0))  # as the buffers of several give it
+            trainer.step(batch_ND)
             trainer.losses[-1].sum().item()
         stepped = time.perf_counter()
         for trainer in trainers:
             trainer.update()
             trainer.autoencoder.b_dec.sum().item()
-        llm.append((read - started) * size / len(rows_ND))
+        llm.append((read - started) * size / len(rows_ND) / run.here.count)
         own.append(stepped - read)
         updates.append(time.perf_counter() - stepped)
 

@@ -9,6 +9,10 @@
 where c is l1_coefficient. Autograd would also make the gradient of x, a sixth product of a batch and a matrix
 of weights, and it multiplies by zeros: of the five products only the encoder's needs all N F numbers.
 
+Where an autoencoder's features are shared out over processes, all take a step on the same rows at once. What
+is exchanged, in this order: what decides which features fire, the sum of the reconstructions, jumprelu's L0,
+the same two of AuxK, and [D] numbers of b_dec's gradient. All other gradients are a feature's own.
+
 Dims: N rows of a batch, S entries of [N, F] that matter, D act_vec_size, F dict_vec_size, K dead features.
 """
 
@@ -16,8 +20,11 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad
 
 from sae import InputError
+from sae.autoencoder import largest, least
+from sae.processes import ALONE
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # for a user of the script
 
@@ -52,7 +59,7 @@ class Found(NamedTuple):
     """What a step tells beside the gradients."""
 
     error_ND: torch.Tensor  # x' - x
-    penalty: torch.Tensor
+    penalty: torch.Tensor  # this process's share of it
     fired_F: torch.Tensor  # rows that each feature fired on, int64
     cut: torch.Tensor  # as the encoder had it
 
@@ -119,33 +126,37 @@ def _cut(ae, pre_NF):
     if ae.architecture == "jumprelu":
         return ae.threshold
     if ae.architecture == "topk":
-        least = pre_NF.topk(ae.k, dim=1, sorted=False).values.amin(1, keepdim=True)
+        kept_NK = pre_NF.topk(min(ae.k, pre_NF.shape[1]), dim=1, sorted=False).values
+        smallest = least(kept_NK, ae.k, ae.here)
     elif ae.architecture == "batchtopk":
-        least = _largest(pre_NF.view(-1), ae.k * len(pre_NF), ae.threshold[0] / 2)
+        smallest = _largest(pre_NF.view(-1), ae.k * len(pre_NF), ae.threshold[0] / 2, ae.here)
     else:
         return pre_NF.new_zeros(())
-    return torch.nextafter(least, least.new_zeros(())).clamp_min_(0)
+    return torch.nextafter(smallest, smallest.new_zeros(())).clamp_min_(0)
 
 
-def _largest(flat, count, floor):
-    """The `count`-th largest number; quick where enough of them lie above `floor`."""
+def _largest(flat, count, floor, here):
+    """The `count`-th largest number of all processes; quick where enough of them lie above `floor`."""
     above = flat[(flat > floor).nonzero()[:, 0]]
-    numbers = above if len(above) >= count else flat
+    numbers = above if here.sum(len(above)) >= count else flat
+    if here.count > 1:
+        numbers = numbers.topk(min(count, len(numbers)), sorted=False).values
+        numbers = here.join(pad(numbers, (0, count - len(numbers)), value=-torch.inf))
     return numbers.kthvalue(len(numbers) - count + 1).values
 
 
 def first_threshold(ae, copies, x_ND, target_l0):
     """The threshold above which target_l0 features of a row fire, on average over a batch."""
     pre_NF = encode(ae, copies, x_ND).pre_NF
-    return _largest(pre_NF.view(-1), round(target_l0 * len(x_ND)), 0).clamp(min=0)
+    return _largest(pre_NF.view(-1), round(target_l0 * len(x_ND)), 0, ae.here).clamp(min=0)
 
 
 def reconstruct(ae, copies, x_ND, f_NF):
     """x' - x, float32, by a dense product."""
-    return (f_NF @ copies.W_dec_FD).float().add_(ae.b_dec).sub_(x_ND)
+    return ae.here.total((f_NF @ copies.W_dec_FD).float()).add_(ae.b_dec).sub_(x_ND)
 
 
-def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=()):
+def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=None):
     """Fill `.grad` of all that is trained. weight: c of the penalty; dead_K: features that AuxK revives."""
     encoded, width = encode(ae, copies, x_ND), 0
     pre_NF, edge = encoded.pre_NF, encoded.cut
@@ -158,32 +169,33 @@ def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=()):
     few = limit and int(matters_NF.count_nonzero()) < limit * pre_NF.numel()
 
     def through(g, pre, cut, f):
-        return _through(ae.architecture, len(x_ND), weight, target_l0, width, g, pre, cut, f)
+        return _through(ae, len(x_ND), weight, target_l0, width, g, pre, cut, f)
 
     if few:
         found = sparse(ae, x_ND, encoded, matters_NF, through)
     else:
         found = dense(ae, copies, x_ND, encoded, through)
-    if len(dead_K):
-        found = found._replace(penalty=found.penalty + _auxk(ae, copies, encoded, found.error_ND, dead_K))
+    if dead_K is not None and (dead := ae.here.sum(len(dead_K))):
+        aux = _auxk(ae, copies, encoded, found.error_ND, dead_K, dead)
+        found = found._replace(penalty=found.penalty + (ae.here.rank == 0) * aux)
     # b_dec is added to the reconstruction and taken from the input.
-    ae.b_dec.grad.sub_(ae.W_enc @ ae.b_enc.grad)
+    ae.b_dec.grad.sub_(ae.here.total(ae.W_enc @ ae.b_enc.grad))
     return found
 
 
-def _through(architecture, rows, weight, target_l0, width, g, pre, cut, f):
+def _through(ae, rows, weight, target_l0, width, g, pre, cut, f):
     """Gradients of features, entry by entry -> of their pre-activations and thresholds; and the penalty."""
-    if architecture == "relu":
+    if ae.architecture == "relu":
         g_pre = torch.ops.aten.threshold_backward(g + weight / rows, f, 0)
         return g_pre, None, weight * f.sum(dtype=torch.float32) / rows
     g_pre = torch.ops.aten.threshold_backward(g, f, 0)
-    if architecture != "jumprelu":
+    if ae.architecture != "jumprelu":
         return g_pre, None, g.new_zeros(())
     # The step has no gradient: a rectangle of this width around the threshold stands in for it.
-    excess = f.count_nonzero() / (rows * target_l0) - 1
+    excess = ae.here.total(f.count_nonzero()) / (rows * target_l0) - 1
     slope = 2 * weight * excess / (rows * target_l0)
     near = (pre - cut).abs() < width / 2
-    return g_pre, (cut * g + slope) * near / -width, weight * excess.square()
+    return g_pre, (cut * g + slope) * near / -width, (ae.here.rank == 0) * weight * excess.square()
 
 
 def dense(ae, copies, x_ND, encoded, through):
@@ -222,7 +234,7 @@ def sparse(ae, x_ND, encoded, matters_NF, through):
     cut_S = encoded.cut[feature_S] if encoded.cut.dim() == 1 else pre_S.new_zeros(())
     f_S = pre_S * (pre_S > cut_S)
     f = matrix(f_S)
-    error_ND = (f @ ae.W_dec).add_(ae.b_dec).sub_(x_ND)
+    error_ND = ae.here.total(f @ ae.W_dec).add_(ae.b_dec).sub_(x_ND)
     g_ND = error_ND * (2 / rows)
     g_S = torch.sparse.sampled_addmm(f, g_ND, ae.W_dec.T, beta=0.0).values()
     g_S, of_threshold_S, penalty = through(g_S, pre_S, cut_S, f_S)
@@ -235,12 +247,14 @@ def sparse(ae, x_ND, encoded, matters_NF, through):
     return Found(error_ND, penalty, torch.bincount(feature_S[f_S > 0], minlength=width), encoded.cut)
 
 
-def _auxk(ae, copies, encoded, error_ND, dead_K):
-    """The dead features that come nearest to firing are asked for what the others left (Gao et al.)."""
-    W_dec_KD, pre_NK = copies.W_dec_FD[dead_K], encoded.pre_NF[:, dead_K]
-    kept = pre_NK.topk(min(len(dead_K), error_ND.shape[1] // 2), dim=1, sorted=False)
-    f_NK = torch.zeros_like(pre_NK).scatter_(1, kept.indices, kept.values.relu())
-    rest_ND = (f_NK @ W_dec_KD).float().add_(error_ND)
+def _auxk(ae, copies, encoded, error_ND, dead_K, dead):
+    """The dead features that come nearest to firing are asked for what the others left (Gao et al.).
+
+    dead: how many there are in all processes.
+    """
+    W_dec_KD, pre_NK, most = copies.W_dec_FD[dead_K], encoded.pre_NF[:, dead_K], error_ND.shape[1] // 2
+    f_NK = largest(pre_NK, min(dead, most), ae.here if dead > most else ALONE)
+    rest_ND = ae.here.total((f_NK @ W_dec_KD).float()).add_(error_ND)
     g_ND = (rest_ND * (2 * AUX / len(rest_ND))).to(f_NK.dtype)
     g_NK = torch.ops.aten.threshold_backward(g_ND @ W_dec_KD.T, f_NK, 0)
     ae.W_dec.grad.index_add_(0, dead_K, (f_NK.T @ g_ND).to(ae.W_dec.grad.dtype))

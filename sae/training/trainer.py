@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from sae import InputError
-from sae.autoencoder import Autoencoder
+from sae.autoencoder import FEATURES, Autoencoder
+from sae.processes import ALONE
 from sae.training import resampling, steps
 from sae.training.update import adam_step
 
@@ -39,6 +40,9 @@ class Trainer:
     dense products run in; weights, moments, losses and the sums over rows are float32. scale_dataset: one
     factor for all rows brings their mean norm to sqrt(D). auxk: features silent for AUX_WINDOW batches are
     trained on what the others leave. frequency_block: batches counted together.
+
+    Where features are shared out over processes (`autoencoder.here`), so are their moments and counters. All
+    make the same calls on the same rows; b_dec, its moments and Adam's steps come out the same everywhere.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Trainer:
         frequency_block=512,
     ):  # fmt: skip
         self.autoencoder, self.l1_coefficient, self.dtype = autoencoder, l1_coefficient, matmul_dtype
+        self.here = autoencoder.here
         self.learning_rate, self.schedule, self.target_l0 = learning_rate, schedule, target_l0
         self.scale_dataset, self.auxk = scale_dataset, auxk
         self.trained = [parameter for parameter in autoencoder.parameters() if parameter.requires_grad]
@@ -61,7 +66,8 @@ class Trainer:
         # On how many rows each feature fired, a line for each of the latest R blocks of batches.
         self.fired_RF = torch.zeros(FREQUENCY_BLOCKS + 1, features, dtype=torch.int32, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
-        self.losses = []  # per batch since the last log line: [squared error, penalty, L0] per row
+        # Per batch since the last log line: [squared error, penalty, L0] per row; shares that add up.
+        self.losses = []
         self._refresh()
 
     @torch.no_grad()
@@ -72,7 +78,7 @@ class Trainer:
     def step(self, x_ND):
         """Train on one batch of LLM activations (any float dtype)."""
         ae, x_ND = self.autoencoder, self._inputs(x_ND)
-        dead_K = (self.silent_F >= AUX_WINDOW).nonzero()[:, 0] if self.auxk else ()
+        dead_K = (self.silent_F >= AUX_WINDOW).nonzero()[:, 0] if self.auxk else None
         weight = self.l1_coefficient * self.schedule.penalty(self.batch)
         found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, dead_K)
         if ae.architecture == "batchtopk":
@@ -84,7 +90,7 @@ class Trainer:
         line_F = self.fired_RF[block % len(self.fired_RF)]
         line_F.mul_(within > 0).add_(found.fired_F)
         self.silent_F = torch.where(found.fired_F > 0, 0, self.silent_F + 1)
-        squared_error = found.error_ND.square().sum() / len(x_ND)
+        squared_error = (self.here.rank == 0) * found.error_ND.square().sum() / len(x_ND)
         self.losses.append(torch.stack([squared_error, found.penalty, found.fired_F.sum() / len(x_ND)]))
         self.batch += 1
 
@@ -93,7 +99,7 @@ class Trainer:
         """Adam, on gradients that leave the rows of W_dec at unit norm; then make the norm exact."""
         ae = self.autoencoder
         if ae.architecture in ("topk", "batchtopk"):
-            torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+            self._clip(1.0)
         copies = {ae.W_enc: self._copies.W_enc_FD, ae.W_dec: self._copies.W_dec_FD}
         for group in self.optimizer.param_groups:
             (one,), state = group["params"], self.optimizer.state[group["params"][0]]
@@ -101,6 +107,15 @@ class Trainer:
             adam_step(one, state, group["lr"], self.batch, copies.get(one), unit=one is ae.W_dec)
         if ae.architecture == "jumprelu":
             ae.threshold.clamp_(min=0)
+
+    def _clip(self, most):
+        """Gradients whose norm over all processes' features is `most` at most."""
+        ae, here = self.autoencoder, self.here
+        grads = [one.grad for one in self.trained if here.rank == 0 or one is not ae.b_dec]
+        norm = torch.nn.utils.get_total_norm(grads)
+        if here.count > 1:
+            norm = here.total(norm.square()).sqrt()
+        torch.nn.utils.clip_grads_with_norm_(self.trained, most, norm)
 
     def _inputs(self, rows_ND):
         """Activations as the encoder sees them: float32, scaled."""
@@ -113,7 +128,7 @@ class Trainer:
         f_NF = steps.encode(self.autoencoder, self._copies, x_ND).features()
         loss_N = steps.reconstruct(self.autoencoder, self._copies, x_ND, f_NF).square().sum(1)
         if self.autoencoder.architecture == "relu":
-            loss_N += self.l1_coefficient * f_NF.sum(1, dtype=torch.float32)
+            loss_N += self.l1_coefficient * self.here.total(f_NF.sum(1, dtype=torch.float32))
         return loss_N
 
     @torch.no_grad()
@@ -142,22 +157,28 @@ class Trainer:
         """Revive the features silent for `plan.window` batches; returns the event for the log."""
         self.finite_losses()  # else inputs would be drawn by weights that are no numbers
         dead_K = (self.silent_F >= plan.window).nonzero()[:, 0]
-        rng = np.random.default_rng([seed, 2, self.batch])
+        deaths, rng = self.here.everyone(len(dead_K)), np.random.default_rng([seed, 2, self.batch])
         if plan.method == "replacement":
             resampling.revive_at_random(self.autoencoder, self.optimizer, dead_K, rng)
-        elif len(dead_K):
+        elif sum(deaths):
             slots = buffer.sample(resampling.NUM_INPUTS, rng)
             losses = [self._row_losses(buffer.rows(part)).cpu() for part in slots.split(buffer.batch_size)]
-            picked = resampling.pick_inputs(torch.cat(losses), len(dead_K), rng)
-            inputs_KD = self._inputs(buffer.rows(slots[picked.to(slots.device)]))
+            picked = resampling.pick_inputs(torch.cat(losses), sum(deaths), rng).to(slots.device)
+            for rank, part in enumerate(picked.split(deaths)):
+                rows_KD = buffer.rows(slots[part])
+                if rank == self.here.rank:
+                    inputs_KD = self._inputs(rows_KD)
             resampling.revive_from_inputs(self.autoencoder, self.optimizer, dead_K, inputs_KD)
         self._refresh()
         self.silent_F[dead_K] = 0
-        return {"event": "resample", "method": plan.method, "revived": len(dead_K)}
+        return {"event": "resample", "method": plan.method, "revived": sum(deaths)}
+
+    def _losses(self):
+        return self.here.total(torch.stack(self.losses)) if self.losses else torch.zeros(0, 3)
 
     def finite_losses(self):
         """Losses since the last log line [batches, 3]; InputError names the first that is not finite."""
-        losses_L3 = torch.stack(self.losses).double().cpu() if self.losses else torch.zeros(0, 3)
+        losses_L3 = self._losses().double().cpu()
         bad = (~torch.isfinite(losses_L3).all(1)).nonzero()[:, 0].tolist()
         if bad:
             batch = self.batch - len(self.losses) + bad[0] + 1
@@ -169,25 +190,34 @@ class Trainer:
         losses_L3 = self.finite_losses()
         mse, l1, l0 = losses_L3.mean(0).tolist()
         self.losses = []
-        dead = int((self.silent_F >= min(DEAD_WINDOW, self.batch)).sum())
+        dead = self.here.sum(int((self.silent_F >= min(DEAD_WINDOW, self.batch)).sum()))
         return {"loss": mse + l1, "mse": mse, "l1": l1, "l0": l0, "dead": dead}
 
     def log10_frequency(self, batch_size):
-        """log10 of the share of the last N rows each feature fired on: [F], -inf where on none; and N."""
+        """log10 of the share of the last N rows each feature fired on: [F], -inf where on none; and N.
+
+        Of all features, at the first process; None elsewhere.
+        """
         latest = FREQUENCY_BLOCKS * self.frequency_block + (self.batch - 1) % self.frequency_block + 1
         rows = min(self.batch, latest) * batch_size
-        return torch.log10(self.fired_RF.sum(0).double() / rows).float().cpu(), rows
+        frequency_F = self.here.whole(self.fired_RF.sum(0), 0)
+        return None if frequency_F is None else torch.log10(frequency_F.double() / rows).float().cpu(), rows
 
     def state(self):
-        """All of it as plain values and tensors; `restore` is its mirror."""
-        return {name: getattr(self, name) for name in _COUNTERS} | {
-            "losses": torch.stack(self.losses) if self.losses else torch.zeros(0, 3),
+        """All of it as plain values and tensors; `restore` is its mirror.
+
+        Of several processes the first gets that of all, tensor by tensor: the same as of one. Any number of
+        them may go on from it.
+        """
+        return self._parts(self.here.whole, {name: getattr(self, name) for name in _COUNTERS} | {
+            "losses": self._losses(),
             "weights": self.autoencoder.state_dict(),
             "adam": self.optimizer.state_dict(),
             "factor": self.autoencoder.factor,
-        }
+        })  # fmt: skip
 
     def restore(self, state):
+        state = self._parts(self.here.own, state)
         self.autoencoder.factor = state["factor"]
         self.autoencoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["adam"])
@@ -195,18 +225,36 @@ class Trainer:
         for name in _COUNTERS:
             value = state[name]
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-        self.losses = list(state["losses"].to(device))
+        self.losses = list(state["losses"].to(device) * (self.here.rank == 0))
         self._refresh()
+
+    def _parts(self, part, state):
+        """The state with `part(tensor, dim)` in place of whatever has features along one of its dims."""
+        names = [name for name, one in self.autoencoder.named_parameters() if one.requires_grad]
+        moments = {
+            number: {key: part(value, FEATURES[names[number]]) if value.dim() else value
+                     for key, value in of_one.items()}
+            for number, of_one in state["adam"]["state"].items()
+        }  # fmt: skip
+        return state | {
+            "fired_RF": part(state["fired_RF"], 1),
+            "silent_F": part(state["silent_F"], 0),
+            "weights": {name: part(value, FEATURES[name]) for name, value in state["weights"].items()},
+            "adam": state["adam"] | {"state": moments},
+        }
 
 
 _COUNTERS = ("batch", "fired_RF", "silent_F")
 
 
-def new_trainer(config, device, matmul_dtype):
-    """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave."""
+def new_trainer(config, device, matmul_dtype, here=ALONE):
+    """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave.
+
+    Of several processes (`here`) each gets its share of the features.
+    """
     rng = torch.Generator().manual_seed(config["seed"])
     sizes, normalize = (config["act_vec_size"], config["dict_vec_size"]), config["normalize_dataset"]
-    autoencoder = Autoencoder(*sizes, normalize, rng, device, config["architecture"], config["k"])
+    autoencoder = Autoencoder(*sizes, normalize, rng, device, config["architecture"], config["k"], here)
     # Of a short run not more than its second half: the first batches fire like nothing that comes later.
     window = min(FREQUENCY_TOKENS // config["batch_size_autoencoder"], config["num_batches"] // 2)
     return Trainer(
