@@ -1,12 +1,12 @@
 """What the scripts share on the command line: value parsers, one-line errors, stopping on a signal."""
 
 import argparse
+import contextlib
 import math
 import operator
 import os
 import signal
 import sys
-from contextlib import contextmanager
 
 from sae import InputError
 
@@ -30,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
-    @contextmanager
+    @contextlib.contextmanager
     def friendly_errors(self):
         """What a user can cause (InputError, OSError) ends in one line, status 2; bugs keep tracebacks."""
         try:
@@ -106,11 +106,20 @@ def device_pair(llm, autoencoder, flags=("--device_llm", "--device_autoencoder")
     return check_device(flags[0], llm or gpus[0]), check_device(flags[1], autoencoder or gpus[:2][-1])
 
 
-@contextmanager
+def _launcher():
+    """The process that started the one that started this one: `deepspeed`, as long as both are there."""
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(os.getppid()).ppid()
+
+
+@contextlib.contextmanager
 def stop_requested(forwarded=False):
     """Yields a function that says whether Ctrl-C or SIGTERM came; a second signal ends the process at once.
 
     `forwarded`: a launcher passes signals on, one Ctrl-C comes several times; only SIGKILL ends it at once.
+    `deepspeed` itself dies of SIGTERM without a word to those it started: that it is gone counts as a signal.
 
     with stop_requested() as stopping:
         for step in steps:
@@ -128,8 +137,9 @@ def stop_requested(forwarded=False):
             signal.signal(sig, signal.SIG_DFL)
 
     before = {sig: signal.signal(sig, note) for sig in STOP_SIGNALS}
+    launcher = forwarded and _launcher()
     try:
-        yield lambda: bool(received)
+        yield lambda: bool(received) or (forwarded and _launcher() != launcher)
     finally:
         for sig, handler in before.items():
             signal.signal(sig, handler)

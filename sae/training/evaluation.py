@@ -135,16 +135,19 @@ class _Tally:
     def reconstruct(self, labels_RT, turn):
         """A hook that puts the reconstruction in place, and counts. turn: this process's contexts of R."""
         labels_RT = labels_RT[:, self._skip :]
-        own = slice(turn.start * labels_RT.shape[1], turn.stop * labels_RT.shape[1])
-        labels_N = labels_RT.flatten()
+        own, labels_N = [at * labels_RT.shape[1] for at in (turn.start, turn.stop)], labels_RT.flatten()
 
         def hook(acts_BTD):
             parts, x_ND = [], acts_BTD[:, self._skip :].flatten(0, 1)
-            if self._here.count > 1:
-                x_ND = self._here.placed(x_ND.float(), own, len(labels_N))
-            for some_ND, some_N in zip(x_ND.split(SLICE), labels_N.split(SLICE), strict=True):
-                parts.append(self._count(some_ND.to(self.total_D.device, torch.float32), some_N))
-            return _with_rows(acts_BTD, torch.cat(parts)[own], self._skip)
+            for start in range(0, len(labels_N), SLICE):
+                some_N = labels_N[start : start + SLICE]
+                mine = slice(*(min(max(at - start, 0), len(some_N)) for at in own))
+                places = slice(mine.start + start - own[0], mine.stop + start - own[0])
+                some_ND = x_ND[places].to(self.total_D.device, torch.float32)
+                if self._here.count > 1:
+                    some_ND = self._here.placed(some_ND, mine, len(some_N))
+                parts.append(self._count(some_ND, some_N)[mine])
+            return _with_rows(acts_BTD, torch.cat(parts), self._skip)
 
         return hook
 

@@ -117,14 +117,14 @@ class RunFolder:
         """All that only going on needs, in one atomic file."""
         trainer.finite_losses()  # refuses to replace a good state by a broken one
         whole = trainer.state()
-        if self._here.rank:
-            return
-        os.fsync(self._handle.fileno())
-        if self._board:
-            self._board.flush()
-        size = os.fstat(self._handle.fileno()).st_size
-        state = {"config": self.config, "trainer": whole, "metrics_bytes": size}
-        save_pt(self.path / "resume.pt", state)
+        with self._here.first_decides():
+            if self._here.rank == 0:
+                os.fsync(self._handle.fileno())
+                if self._board:
+                    self._board.flush()
+                size = os.fstat(self._handle.fileno()).st_size
+                state = {"config": self.config, "trainer": whole, "metrics_bytes": size}
+                save_pt(self.path / "resume.pt", state)
         self.saved_at = time.monotonic()
 
     def save_checkpoint(self, trainer, figures):
@@ -133,7 +133,8 @@ class RunFolder:
         batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
         log10_frequency, rows = trainer.log10_frequency(self.config["batch_size_autoencoder"])
         config = self.config | {"trained_batches": batch, "trained_tokens": tokens, "frequency_tokens": rows}
-        save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
+        with self._here.first_decides():
+            save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
         if self._here.rank:
             return self.save_resume(trainer)
         figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
