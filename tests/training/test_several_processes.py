@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_as_many_go_on_to_the_same_bits_and_others_to_rounding(two):
 
 def test_a_dry_run_says_what_each_needs_and_what_is_exchanged(two):
     said = {count: (two / f"said-{count}").read_text() for count in (1, 2)}
-    one, half = (float(text.split("autoencoder ")[-2].split(",")[0]) for text in said.values())
+    one, half = (float(re.findall(r"autoencoder ([\d.]+),", text)[-1]) for text in said.values())
     assert 0.4 < half / one < 0.6
     line = f"{96 * 48 * 4} for rows, {96 * 48 * 4} (twice while features are dead) for reconstructions"
     assert line in said[2] and "exchange" not in said[1]
