@@ -36,29 +36,28 @@ def loss_curves(path, metrics, title):
     import numpy as np
 
     figure, axes = _figure(rows=4, height=10)
-    logs = [line for line in metrics if line["event"] == "log"]
-    checkpoints = [line for line in metrics if line["event"] == "checkpoint"]
-    tokens = np.array([line["tokens"] for line in logs])
-    names = {"loss": "loss", "mse": "squared error", "l1": "l1 x sum of activations"}
-    for name, label in names.items():
-        axes[0].plot(tokens, np.array([line[name] for line in logs]), label=label)
-    axes[1].plot(tokens, np.array([line["l0"] for line in logs]), label="L0, training")
-    held_out = np.array([line["tokens"] for line in checkpoints])
-    axes[1].plot(held_out, np.array([line["l0"] for line in checkpoints]), "o", label="L0, held out")
-    for name in ("explained_variance", "loss_recovered", "dead_share"):
-        values = [np.nan if line[name] is None else line[name] for line in checkpoints]
-        axes[2].plot(held_out, values, "o-", label=name.replace("_", " "))
-    for name, label in {"ce": "as it is", "ce_sae": "with the autoencoder", "ce_zero": "with zeros"}.items():
-        axes[3].plot(held_out, [line[name] for line in checkpoints], "o-", label=label)
+
+    def curves(row, event, **labels):
+        lines = [line for line in metrics if line["event"] == event]
+        tokens = np.array([line["tokens"] for line in lines])
+        for name, label in labels.items():
+            values = np.array([line[name] for line in lines], dtype=float)  # None is a gap
+            row.plot(tokens, values, "-" if event == "log" else "o-", label=label)
+
+    curves(axes[0], "log", loss="loss", mse="squared error", l1="l1 x sum of activations")
+    curves(axes[1], "log", l0="L0, training")
+    curves(axes[1], "checkpoint", l0="L0, held out")
+    shares = {name: name.replace("_", " ") for name in ("explained_variance", "loss_recovered", "dead_share")}
+    curves(axes[2], "checkpoint", **shares)
+    curves(axes[3], "checkpoint", ce="as it is", ce_sae="with the autoencoder", ce_zero="with zeros")
     axes[0].set(title=title, ylabel="per token")
     axes[1].set(ylabel="features per token")
-    for row in axes[:2]:
-        # A log axis with nothing on it draws no line either.
-        if any((line.get_ydata() > 0).any() for line in row.lines):
-            row.set_yscale("log")
     axes[2].set(ylabel="share, held out", ylim=(-0.05, 1.05))
     axes[3].set(ylabel="cross-entropy, held out", xlabel="training tokens")
     for row in axes:
+        # A log axis with nothing on it draws no line either.
+        if row in axes[:2] and any((line.get_ydata() > 0).any() for line in row.lines):
+            row.set_yscale("log")
         for event in (line for line in metrics if line["event"] == "resample"):
             row.axvline(event["tokens"], color="#999999", linewidth=0.8, linestyle=":")
         row.legend(frameon=False)

@@ -1,6 +1,5 @@
 """ElasticSearch: the client, the index and its mapping, searching, and a writer that loses no document."""
 
-import itertools
 import json
 import math
 import os
@@ -41,8 +40,6 @@ PRIVILEGES = ["create_index", "view_index_metadata", "read", "write"]
 BUSY = (408, 429, 500, 502, 503, 504)
 BULK, BULK_BYTES, FIRST_PAUSE_S, LONGEST_PAUSE_S, MOST_LOOKS = 100, 2**19, 0.5, 30, 3
 WORK_S = 5  # for which the work waits for a server, once in LONGEST_PAUSE_S while it fails
-# OpenSSL's X509_V_ERR numbers; any other one means that no trusted authority signed the certificate.
-CERTIFICATE = {9: "is not valid yet", 10: "has expired", 62: "is for another host", 64: "is for another host"}
 
 
 class MayPass(InputError):
@@ -59,7 +56,13 @@ def connect(server_address, api_key, ssl_cert=None, insecure=False):
     if insecure:
         unsafe = "is not verified, whoever sits in between can read the API key"
         print(f"warning: --insecure: the certificate of {url} {unsafe}", file=sys.stderr)
-    tls = _tls(ssl_cert, insecure) if url.startswith("https") else {}
+    tls = {}
+    try:
+        if url.startswith("https"):  # the client's own default would be the authorities that certifi knows
+            unverified = {"verify_certs": False, "ssl_show_warn": False}
+            tls = unverified if insecure else {"ssl_context": ssl.create_default_context(cafile=ssl_cert)}
+    except OSError as err:
+        raise InputError(f"--ssl_cert needs a file of certificates, {ssl_cert}: {err}") from None
     # Bulks are compressed; answers are small.
     options = {"http_compress": True, "headers": {"accept-encoding": "identity"}, "api_key": _key(api_key)}
     client = Elasticsearch(url, request_timeout=20, max_retries=3, retry_on_status=BUSY, **options, **tls)
@@ -98,17 +101,6 @@ def _key(text):
     return tuple(text.split(":", 1)) if ":" in text else text
 
 
-def _tls(ssl_cert, insecure):
-    """The client's options; its own default would be the authorities that certifi knows."""
-    if insecure:
-        return {"verify_certs": False, "ssl_show_warn": False}
-    try:
-        return {"ssl_context": ssl.create_default_context(cafile=ssl_cert)}
-    except OSError as err:
-        came = "is none (PEM)" if isinstance(err, ssl.SSLError) else err.strerror
-        raise InputError(f"--ssl_cert needs a file of certificates, {ssl_cert}: {came}") from None
-
-
 @contextmanager
 def _in_one_line(client):
     """What goes wrong between us and the server becomes an InputError: one line, without the key."""
@@ -116,43 +108,40 @@ def _in_one_line(client):
         yield
     except (ApiError, TransportError) as err:
         url = next(iter(client.transport.node_pool.all())).base_url
+        said, may_pass = (_api_trouble if isinstance(err, ApiError) else _transport_trouble)(err)
         # No server sends the key back, but nothing here depends on that.
-        text = f"{url} {_trouble(err)}".replace(client._headers["authorization"].split()[-1], "***")
-        if isinstance(err, ApiError):
-            may_pass = err.status_code in BUSY or "blocked by" in text
-        else:
-            may_pass = not isinstance(err, (TlsError, SerializationError))
-        kind = MayPass if may_pass else InputError
-        raise kind(" ".join(f"ElasticSearch needed, {text}".split())) from err
+        text = f"ElasticSearch needed, {url} {said}".replace(
+            client._headers["authorization"].split()[-1], "***"
+        )
+        raise (MayPass if may_pass else InputError)(" ".join(text.split())) from err
 
 
-def _trouble(err):
-    if isinstance(err, ApiError):
-        return _api_trouble(err)
+def _transport_trouble(err):
+    """What ails the connection, in words, and whether it may pass."""
     cause = err
     while cause.__cause__ or cause.__context__:  # the first one has the socket's or TLS's own words
         cause = cause.__cause__ or cause.__context__
     if isinstance(cause, ssl.SSLCertVerificationError):
-        found = CERTIFICATE.get(cause.verify_code, "is from another authority than the trusted ones")
-        return f"is not trusted: its certificate {found} ({cause.verify_message})"
+        return f"is not trusted, by its certificate: {cause.verify_message}", False
     if isinstance(err, TlsError):
-        return f"speaks no TLS that we know ({cause}); plain http needs http:// in the address"
+        return f"speaks no TLS that we know ({cause}); plain http needs http:// in the address", False
     if isinstance(err, SerializationError):
-        return "is not ElasticSearch: its answer cannot be read"
-    return f"does not answer: {'no reply in time' if isinstance(err, ConnectionTimeout) else cause}"
+        return "is not ElasticSearch: its answer cannot be read", False
+    return f"does not answer: {'no reply in time' if isinstance(err, ConnectionTimeout) else cause}", True
 
 
 def _api_trouble(err):
+    """What a refusal means, in words, and whether it may pass."""
     status, error = err.status_code, err.body.get("error") if isinstance(err.body, dict) else None
     said = f"{status}, {_reason(error)}" if error else str(status)
     if status == 401:
-        return f"refuses the API key ({said}): it is unknown, has expired or was revoked"
+        return f"refuses the API key ({said}): it is unknown, has expired or was revoked", False
     if status == 403 and "blocked by" not in said:
         needed = f"the cluster privilege monitor and, on the index, {', '.join(PRIVILEGES)}"
-        return f"refuses the API key ({said}): it needs {needed}"
+        return f"refuses the API key ({said}): it needs {needed}", False
     if isinstance(err, UnsupportedProductError) or (status not in (*BUSY, 413) and not error):
-        return f"is not ElasticSearch (it answered {said})"
-    return f"answered {said}"
+        return f"is not ElasticSearch (it answered {said})", False
+    return f"answered {said}", status in BUSY or "blocked by" in said
 
 
 def _reason(error):
@@ -170,10 +159,8 @@ def index_name(config):
     if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         model = Path(model).name
     keys = ("layer_type", "layer_id", "act_vec_size", "dict_vec_size", "learning_rate", "l1_coefficient")
-    head, tail = (
-        re.sub(r'[\\/*?"<>|,#:\s]', "-", text.lower())
-        for text in (model, "".join(f"_{config[key]}" for key in keys))
-    )
+    tail = "".join(f"_{config[key]}" for key in keys)
+    head, tail = (re.sub(r'[\\/*?"<>|,#:\s]', "-", text.lower()) for text in (model, tail))
     # At most 255 bytes; what tells two autoencoders of one model apart stays.
     head = head.encode()[: 255 - len(tail.encode())].decode(errors="ignore")
     return (head + tail).lstrip("-_+.")
@@ -201,28 +188,24 @@ def _same_index(client, index, origin):
     try:
         there = next(iter(client.indices.get_mapping(index=index).values()))["mappings"]
     except NotFoundError:
-        mapping = {"dynamic": "strict", "properties": MAPPING, "_meta": owner}
-        settings = {"index.query.default_field": SEARCHED}
-        client.indices.create(index=index, mappings=mapping, settings=settings)
+        mappings = {"dynamic": "strict", "properties": MAPPING, "_meta": owner}
+        client.indices.create(
+            index=index, mappings=mappings, settings={"index.query.default_field": SEARCHED}
+        )
         return
-    meta = there.get("_meta", {})
-    ours = "autoencoder_fingerprint" in meta  # what it lacks is added
-    types, needed = (
-        {field: kind.get("type", "object") for field, kind in fields.items()}
-        for fields in (there.get("properties", {}), MAPPING)
-    )
-    other = [
-        f"{field} {types.get(field, 'missing')} instead of {kind}"
-        for field, kind in needed.items()
-        if types.get(field, ours and kind) != kind
-    ]
+    meta, fields = there.get("_meta", {}), there.get("properties", {})
+    ours, other = "autoencoder_fingerprint" in meta, []  # what ours lacks is added
+    for field, kind in MAPPING.items():
+        needed, came = (one and one.get("type", "object") for one in (kind, fields.get(field)))
+        if came != needed and (came or not ours):
+            other.append(f"{field} {came or 'missing'} instead of {needed}")
     if other:
         raise InputError(f"the index {index} has another mapping: {', '.join(other)}; --index names another")
     if ours and "settings" not in meta:  # an index of the version before: its documents say the rest
         hits = client.search(index=index, size=1)["hits"]["hits"]
         meta = (hits[0]["_source"] if hits else owner) | meta
     refuse_other(f"the index {index}", meta, owner, "--index names another")
-    if meta != owner or needed.keys() - types.keys():
+    if meta != owner or MAPPING.keys() - fields.keys():
         client.indices.put_mapping(index=index, properties=MAPPING, meta=owner)
 
 
@@ -302,11 +285,11 @@ class Writer(AbstractContextManager):
         pause, since, fewest, looks = FIRST_PAUSE_S, time.monotonic(), len(self._waiting), 0
         while self._documents:
             self._try(math.inf, look=True)
-            if not self.trouble and not self._waiting:
-                return
             looks += not self.trouble
-            if looks == MOST_LOOKS:
-                self.trouble = "ElasticSearch shows other documents than it was sent"
+            if not self.trouble and (not self._waiting or looks == MOST_LOOKS):
+                self.trouble = (
+                    "ElasticSearch shows other documents than it was sent" if self._waiting else None
+                )
                 return
             if len(self._waiting) < fewest:
                 pause, since, fewest = FIRST_PAUSE_S, time.monotonic(), len(self._waiting)
@@ -327,7 +310,7 @@ class Writer(AbstractContextManager):
                 # A bulk to an index that is gone would create it with a guessed mapping.
                 _same_index(self._client, self._index, next(iter(self._documents.values())))
                 while self._waiting and time.monotonic() < late:
-                    self._bulk(list(itertools.islice(self._waiting.items(), BULK)))
+                    self._bulks(late)
             if look:
                 lacking = missing(self._client, self._index, self._taken().values())
                 self._waiting = {document["dim"]: document for document in lacking}
@@ -340,14 +323,16 @@ class Writer(AbstractContextManager):
             _say("ElasticSearch answers again")
         self.trouble = trouble
 
-    def _bulk(self, batch):
-        """One bulk of [(dim, document)]; those that the server took or rejected wait no longer."""
-        actions = [{"_index": self._index, "_id": str(dim), "_source": doc} for dim, doc in batch]
-        bulks = helpers.streaming_bulk(
-            self._client, actions, max_chunk_bytes=self._most_bytes, raise_on_error=False
+    def _bulks(self, late):
+        """Send what waits, in bulks begun before it is `late`; what is taken or rejected waits no longer."""
+        actions = (
+            {"_index": self._index, "_id": str(dim), "_source": document}
+            for dim, document in list(self._waiting.items())
+            if time.monotonic() < late
         )
+        size = {"chunk_size": BULK, "max_chunk_bytes": self._most_bytes}
         try:
-            for _ok, item in bulks:
+            for _ok, item in helpers.streaming_bulk(self._client, actions, raise_on_error=False, **size):
                 result = item["index"]
                 dim, error = int(result["_id"]), result.get("error")
                 if error and result["status"] != 400:
@@ -360,7 +345,7 @@ class Writer(AbstractContextManager):
             if err.status_code != 413:
                 raise
             # Bulks are answered in order: the first document that waits is in the one that was too large.
-            dim, document = next(item for item in batch if item[0] in self._waiting)
+            dim, document = next(iter(self._waiting.items()))
             size = len(json.dumps(document, ensure_ascii=False, separators=(",", ":")).encode())
             if size < self._most_bytes:
                 self._most_bytes //= 2

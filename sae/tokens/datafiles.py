@@ -8,8 +8,6 @@ import json
 import lzma
 import sys
 import time
-import urllib.error
-import urllib.request
 import zipfile
 import zlib
 from functools import partial
@@ -37,10 +35,13 @@ class Skipped(NamedTuple):
 
 def kind(path):
     """The ending that says what a file holds: `jsonl` for `a.jsonl.gz`."""
-    if "://" in str(path):
-        path = str(path).split("?")[0]
-    suffixes = [suffix.lower() for suffix in PurePosixPath(path).suffixes]
-    return next((suffix[1:] for suffix in reversed(suffixes) if suffix not in PACKINGS), "")
+    return next((suffix[1:] for suffix in _suffixes(path) if suffix not in PACKINGS), "")
+
+
+def _suffixes(path):
+    """Those of a file or address, the last one first."""
+    path = str(path).split("?")[0] if "://" in str(path) else path
+    return [suffix.lower() for suffix in reversed(PurePosixPath(path).suffixes)]
 
 
 def read_source_file(path):
@@ -63,17 +64,17 @@ def read_rows(path, columns=None, pauses=PAUSES):
 
 def _streams(path, pauses):
     """The binary stream of an unpacked file; of a zip archive, that of each file in it."""
-    packing = PurePosixPath(path.split("?")[0] if "://" in path else path).suffix.lower()
+    packing = next(iter(_suffixes(path)), "")
     with _open_address(path, pauses) if "://" in path else open(path, "rb") as handle:
-        if packing == ".zip":
-            with zipfile.ZipFile(handle) as archive:
-                for name in archive.namelist():
-                    if not name.endswith("/") and not name.startswith("__MACOSX"):
-                        with archive.open(name) as member:
-                            yield member
-        else:
+        if packing != ".zip":
             with PACKINGS.get(packing, io.BufferedReader)(handle) as stream:
                 yield stream
+            return
+        with zipfile.ZipFile(handle) as archive:
+            for name in archive.namelist():
+                if not name.endswith("/") and not name.startswith("__MACOSX"):
+                    with archive.open(name) as member:
+                        yield member
 
 
 def _unzstd(handle):
@@ -93,24 +94,15 @@ def _open_address(address, pauses):
     def begin():
         try:
             return fsspec.open(address, "rb", **options).open()
-        except FileNotFoundError:
-            _refuse_nothing(address)
-            raise  # fsspec calls a busy server (503) a missing file, too
+        except FileNotFoundError as err:  # fsspec calls a busy server (503) a missing file, too
+            status = getattr(err.__cause__, "status", 503)
+            if status >= 500 or status in (408, 429):
+                raise
+            raise InputError(f"data files needed at {address}, the server answers {status}") from None
 
     handle = _patiently(pauses, begin)
     handle.read = partial(_patiently, PAUSES if handle.size else (), handle.read)
     return handle
-
-
-def _refuse_nothing(address):
-    """InputError for a web address that leads to nothing."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=STALL_S)
-    except urllib.error.HTTPError as answer:
-        if 400 <= answer.code < 500 and answer.code not in (408, 429):
-            raise InputError(f"data files needed at {address}, the server answers {answer.code}") from None
-    except (OSError, ValueError):
-        pass
 
 
 def _patiently(pauses, fetch, *arguments):
@@ -124,8 +116,8 @@ def _patiently(pauses, fetch, *arguments):
         except (OSError, aiohttp.ClientError, httpx2.HTTPError) as err:
             if pause is None:
                 raise ConnectionError(f"the network failed {tries} times in a row: {err}") from err
-            said = f"network error ({type(err).__name__}: {err}), trying again in {pause} s"
-            print(f"\n{said}", file=sys.stderr, flush=True)
+            said = f"\nnetwork error ({type(err).__name__}: {err}), trying again in {pause} s"
+            print(said, file=sys.stderr, flush=True)
             time.sleep(pause)
 
 
@@ -174,13 +166,11 @@ def _json_rows(stream, _columns):
         content = json.loads(first + stream.read())
         yield from content if isinstance(content, list) else [content]
         return
-    for line in chain([first], stream):
+    for line in filter(bytes.strip, chain([first], stream)):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-            if not line.strip():
-                continue
         yield row if isinstance(row, dict) else Skipped("no JSON object")
 
 
