@@ -115,11 +115,11 @@ def _chat_tokenizer(folder):
 
 def _chat(messages, tokenizer):
     """The text of messages by a tokenizer's template, Skipped where that refuses them."""
-    render = _chat_tokenizer(tokenizer).apply_chat_template
+    tokenizer = _chat_tokenizer(tokenizer)
     try:
         if "from" in messages[0]:
             messages = [{"role": ROLES.get(m["from"], m["from"]), "content": m["value"]} for m in messages]
-        return render(messages, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception:  # a template is a program of its own, and the messages are anybody's
         return Skipped("refused by the chat template")
 
@@ -141,12 +141,13 @@ def _text_columns(rows, wanted):
     of_text = [column for column in values if all(isinstance(value, str) for value in values[column])]
     in_words = [column for column in of_text if any(len(value.split()) > 1 for value in values[column])]
     named = [column for column in TEXT_FIELDS if column in of_text]
-    found = [column for column in named if values[column]] or (named if not in_words else [])
-    # Ids and hashes have no words; a column that is empty so far may be the one that is meant.
-    if not found and len(in_words) == 1 and all(values.values()):
-        found = in_words
-    if not found and len(values) == 1:
-        found = of_text
+    found = (
+        [column for column in named if values[column]]
+        or (named if not in_words else [])
+        # Ids and hashes have no words; a column that is empty so far may be the one that is meant.
+        or (in_words if len(in_words) == 1 and all(values.values()) else [])
+        or (of_text if len(values) == 1 else [])
+    )
     if not found:
         raise InputError(f"{said}: none looks like text")
     return found[:1]
@@ -168,7 +169,12 @@ def _local_files(base, data_dir, split):
     reader = _data_reader(path, files)
     if reader:
         files = [f for f in files if READERS.get(kind(f)) is reader and f.name not in DESCRIPTIONS]
-        files = _of_split(path, _saved_files(files), split)
+        # Arrow files that `save_to_disk` does not list in its state.json are caches of that dataset.
+        saved = {
+            folder: _described(folder / "state.json", "_data_files") for folder in {f.parent for f in files}
+        }
+        saved = {folder: {each["filename"] for each in some} for folder, some in saved.items() if some}
+        files = _of_split(path, [f for f in files if f.name in saved.get(f.parent, {f.name})], split)
     elif split != "train":
         raise InputError(f"source files have no splits, --split {split} came")
     return [str(file) for file in files], bool(reader)
@@ -211,15 +217,6 @@ def _data_reader(path, files):
     return readers.pop() if len(readers) == 1 else None
 
 
-def _saved_files(files):
-    """Without the Arrow files that `save_to_disk` does not list in its state.json: caches of that dataset."""
-    listed = {
-        folder: _described(folder / "state.json", "_data_files") for folder in {f.parent for f in files}
-    }
-    names = {folder: {each["filename"] for each in saved} for folder, saved in listed.items() if saved}
-    return [file for file in files if file.parent not in names or file.name in names[file.parent]]
-
-
 def _described(path, key):
     """What a description that `datasets` wrote has under `key`; None where it is none or missing."""
     try:
@@ -249,9 +246,8 @@ def _addresses(name):
     match = re.search(r"\{(\d+)\.\.(\d+)\}", name)
     if not match:
         return [name]
-    first, last = match.groups()
-    numbers = [f"{n:0{len(first)}d}" for n in range(int(first), int(last) + 1)]
-    return [name[: match.start()] + number + name[match.end() :] for number in numbers]
+    (first, last), (head, tail) = match.groups(), (name[: match.start()], name[match.end() :])
+    return [f"{head}{n:0{len(first)}d}{tail}" for n in range(int(first), int(last) + 1)]
 
 
 def _hub_files(name, data_dir, dataset_config, split):
