@@ -32,10 +32,8 @@ def open_dataset(path):
         raise InputError(f"{needed}, it lacks {', '.join(lacking) or 'contexts'}")
     length = getattr(dataset.features["input_ids"], "length", None)
     if (info["rows"], info["min_tokens"]) != (len(dataset), length):
-        raise InputError(
-            f"{info['rows']} contexts of {info['min_tokens']} tokens needed by {path / INFO_FILE}, "
-            f"there are {len(dataset)} of {length}"
-        )
+        said = f"{info['rows']} contexts of {info['min_tokens']} tokens needed by {path / INFO_FILE}"
+        raise InputError(f"{said}, there are {len(dataset)} of {length}")
     return dataset, info
 
 

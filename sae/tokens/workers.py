@@ -127,26 +127,25 @@ def read_finished(save_path, flags):
     if not path.is_file():
         there = {each.name for each in place.iterdir()} if place.is_dir() else {place.name}
         if place.exists() and ".partial" not in there and there - {"lost+found"}:
-            came = f"{save_path}, something else is there"
-            raise InputError(f"an empty or no folder needed at --save_path {came}")
+            needed = f"an empty or no folder needed at --save_path {save_path}"
+            raise InputError(f"{needed}, something else is there")
         return None
     try:
         info = json.loads(path.read_text())
-        there = info["dataset_arguments"] | info
-    except (ValueError, KeyError, TypeError):
+        _refuse_other_flags(info["dataset_arguments"] | info, flags, f"the dataset at {save_path}")
+    except (json.JSONDecodeError, KeyError, TypeError):
         raise InputError(f"a whole {path.name} needed in --save_path {save_path}") from None
-    _refuse_other_flags(there, flags, f"the dataset at {save_path}")
     return info
 
 
 def _refuse_other_flags(there, flags, what):
     for key, value in flags.items():
         was = there.get(key)
-        was = [was] if key == "text_field" and isinstance(was, str) else was
-        # What is off may be missing, in a dataset of version 0.1.
-        if (was or None) != (value or None) and not (key == "text_field" and value is None):
+        one = [was] if key == "text_field" and isinstance(was, str) else was
+        # What is off may be missing, in a dataset of version 0.1; a column may have been found.
+        if (one or None) != (value or None) and (key != "text_field" or value):
             raise InputError(
-                f"the flags of {what} needed: --{key} was {there.get(key)!r}, {value!r} came; "
+                f"the flags of {what} needed: --{key} was {was!r}, {value!r} came; "
                 "give the same flags to go on, or another --save_path"
             )
 
@@ -255,12 +254,11 @@ def _write_files(folder, opened, plan, progress, stopping):
             batches = deal(streams, states, rows_each, watch)
             rows, *written = dataset.write_arrow(path, batches, plan["min_tokens"])
             progress["ended"] = rows < rows_each
-            if progress["ended"]:
-                path.unlink()
-            else:
+            if not progress["ended"]:
                 progress |= {"files": [*progress["files"], written], "states": list(states)}
             artifacts.save_json(folder / "progress.json", progress)
             if progress["ended"]:
+                path.unlink()
                 raise InputError(_too_few(plan, number * rows_each + rows, count(states)))
 
 
@@ -270,24 +268,13 @@ def _too_few(plan, contexts, counts):
     less = f"num_samples_per_file {fits} would" if fits else less
     return (
         f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
-        f"tokens needed, the documents ended after {contexts}, of {counts['documents']} documents "
-        f"({counts['documents_long_enough']} long enough{_skipped(counts)}); {less} fit"
+        f"tokens needed, the documents ended after {contexts}, of {_looked_at(counts)}; {less} fit"
     )
 
 
-def _skipped(counts):
-    return "".join(f", {many} skipped ({why})" for why, many in counts["documents_skipped"].items())
-
-
-def _move(folder, place):
-    """The finished dataset to its place; into a folder that is there already, the info last."""
-    if place.exists():
-        for path in sorted((folder / "dataset").iterdir(), key=lambda path: path.name == dataset.INFO_FILE):
-            os.replace(path, place / path.name)
-    else:
-        os.replace(folder / "dataset", place)
-    artifacts.sync_folder(place.parent)
-    shutil.rmtree(folder)
+def _looked_at(counts):
+    skipped = "".join(f", {many} skipped ({why})" for why, many in counts["documents_skipped"].items())
+    return f"{counts['documents']} documents ({counts['documents_long_enough']} long enough{skipped})"
 
 
 def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=None):
@@ -301,7 +288,7 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
         shutil.rmtree(folder, ignore_errors=True)
         return f"{save_path} is complete already, made with the same flags", True
     (opened, plan), start = make_plan(flags, tokenizer_folder, bos_token_id), time.monotonic()
-    num_files, length = plan["num_files"], plan["min_tokens"]
+    num_files, rows, length = (plan[key] for key in ("num_files", "num_samples_per_file", "min_tokens"))
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "a") as handle:
         artifacts.lock(handle, f"one run at a time needed, another writes in {folder}")
@@ -319,13 +306,16 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
             again = "" if progress["ended"] else ": the same command goes on from there"
             raise InputError(f"{err}. What is finished is kept in {folder}{again}") from err
         counts = count([State(*state) for state in progress["states"]])
-        dataset.write_info(folder / "dataset", plan, progress["files"], counts)
-        _move(folder, place)
+        whole = folder / "dataset"
+        dataset.write_info(whole, plan, progress["files"], counts)
+        if place.exists():  # a folder, into which the info comes last
+            for path in sorted(whole.iterdir(), key=lambda path: path.name == dataset.INFO_FILE):
+                os.replace(path, place / path.name)
+        else:
+            os.replace(whole, place)
+        artifacts.sync_folder(place.parent)
+        shutil.rmtree(folder)
     seconds = time.monotonic() - start
-    rate = (num_files - there) * plan["num_samples_per_file"] * length / seconds
-    said = (
-        f"wrote {num_files * plan['num_samples_per_file']} contexts of {length} tokens in {num_files} files "
-        f"to {save_path} in {seconds:.1f} s ({rate:,.0f} tokens/s); "
-        f"{counts['documents']} documents, {counts['documents_long_enough']} long enough{_skipped(counts)}"
-    )
-    return said, True
+    said = f"wrote {num_files * rows} contexts of {length} tokens in {num_files} files to {save_path} in "
+    rate = f"{seconds:.1f} s ({(num_files - there) * rows * length / seconds:,.0f} tokens/s)"
+    return f"{said}{rate}; {_looked_at(counts)}", True
