@@ -154,15 +154,12 @@ def load_checkpoint(path, device="cpu"):
     architecture = config.get("architecture", "relu")
     if architecture not in ARCHITECTURES:
         raise InputError(f"architecture {', '.join(ARCHITECTURES)} needed, {path} has {architecture}")
-    sizes, normalize = (
-        (config["act_vec_size"], config["dict_vec_size"]),
-        config.get("normalize_dataset", False),
-    )
-    autoencoder = Autoencoder(*sizes, normalize, None, device, architecture, config.get("k"))
+    sizes = config["act_vec_size"], config["dict_vec_size"]
+    normalize, k = config.get("normalize_dataset", False), config.get("k")
+    autoencoder = Autoencoder(*sizes, normalize, None, device, architecture, k)
     try:
         autoencoder.requires_grad_(False).load_state_dict(state)
     except RuntimeError as err:
-        raise InputError(
-            f"an autoencoder checkpoint needed, the weights of {path} do not fit: {err}"
-        ) from err
+        needed = "an autoencoder checkpoint needed"
+        raise InputError(f"{needed}, the weights of {path} do not fit: {err}") from err
     return Checkpoint(config, autoencoder, content["log10_frequency"], fingerprint(path))

@@ -41,11 +41,9 @@ def load_model(name, device="cpu", dtype="auto", trust_remote_code=False):
         weight, there, shape = min(info["mismatched_keys"])
         raise InputError(f"{weight} of shape {list(shape)} needed by the config of {name}, got {list(there)}")
     if missing := sorted(info["missing_keys"]):
+        lacks = f"{name} lacks {len(missing)}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         others = f"; it has {min(info['unexpected_keys'])} instead" if info["unexpected_keys"] else ""
-        raise InputError(
-            f"all weights of a {model.config.model_type} needed, {name} lacks {len(missing)}: "
-            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}{others}"
-        )
+        raise InputError(f"all weights of a {model.config.model_type} needed, {lacks}{others}")
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -104,12 +102,10 @@ def _words(err):
     return f"{type(err).__name__}: {text[:300]}"
 
 
-def weight_files(name):
+def _weights(name):
     """Paths of the files that hold a model's weights, the ones that transformers opens; read from the hub."""
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-    if Path(name).suffix == ".gguf":
-        return [name]
     quiet = {"_raise_exceptions_for_missing_entries": False}
     for weights in ("model.safetensors", "pytorch_model.bin"):
         if file := cached_file(name, weights, **quiet):
@@ -123,14 +119,13 @@ def model_fingerprint(name):
     """16 hex digits of a model's config and of samples of its weights, wherever it lies; takes no time."""
     from transformers.utils.hub import cached_file
 
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), [name]
     try:
         if Path(name).suffix != ".gguf":
-            config = json.loads(Path(cached_file(name, "config.json")).read_text())
-            for moving in ("_name_or_path", "transformers_version"):
-                config.pop(moving, None)
+            config, files = json.loads(Path(cached_file(name, "config.json")).read_text()), _weights(name)
+            config = {key: config[key] for key in config.keys() - {"_name_or_path", "transformers_version"}}
             digest.update(json.dumps(config, sort_keys=True).encode())
-        for file in weight_files(name):
+        for file in files:
             size = Path(file).stat().st_size
             digest.update(str(size).encode())
             with open(file, "rb") as handle:
@@ -147,9 +142,10 @@ def model_fingerprint(name):
 def fast_dtype(device):
     """bfloat16 where the hardware multiplies it fast, else float32."""
     if torch.device(device).type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    cpu_is_fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if cpu_is_fast else torch.float32
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
 
 
 def pick_dtype(dtype, device):
@@ -161,15 +157,11 @@ def pick_dtype(dtype, device):
 
 def check_vocabulary(model_config, info):
     """Refuse a dataset with token ids that the model has no embedding for."""
-    size, largest = (
-        model_config.get_text_config().vocab_size,
-        info.get("max_token_id", info["vocab_size"] - 1),
-    )
+    size = model_config.get_text_config().vocab_size
+    largest = info.get("max_token_id", info["vocab_size"] - 1)
     if largest >= size:
-        raise InputError(
-            f"token ids below {size} needed by the model, the dataset (tokenizer {info['tokenizer_name']}) "
-            f"has ids up to {largest}"
-        )
+        came = f"the dataset (tokenizer {info['tokenizer_name']}) has ids up to {largest}"
+        raise InputError(f"token ids below {size} needed by the model, {came}")
 
 
 def check_positions(model, num_tokens):
