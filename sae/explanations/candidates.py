@@ -137,12 +137,9 @@ def counted(contexts):
     """
     groups = {}
     for part in count(contexts) if contexts else []:
-        groups.setdefault(part if part.side else _kind(part.token), []).append(_name(part.token))
+        kind = "new lines" if part.token in SPELT else "word" if (part.token or "").isalnum() else "token"
+        groups.setdefault(part if part.side else kind, []).append(_name(part.token))
     return "; ".join(_said(group, names) for group, names in groups.items())
-
-
-def _kind(token):
-    return "new lines" if token in SPELT else "word" if token.isalnum() else "token"
 
 
 def _name(token):
@@ -210,15 +207,12 @@ def excerpts(contexts, _maximum):
             fired[token] += value > 0
             mass[token] += value
     counts = ", ".join(f"{token} {fired[token]} of {seen[token]}" for token, _ in mass.most_common(6))
-    return prompts.excerpt_question(
-        [prompts.excerpt(piece.texts, (piece.values_T > 0).tolist()) for piece in pieces], counts
-    )
+    marked = [prompts.excerpt(piece.texts, (piece.values_T > 0).tolist()) for piece in pieces]
+    return prompts.excerpt_question(marked, counts)
 
 
 def numbers(contexts, maximum):
     """The question of the hand that reads token<tab>activation lines."""
     pieces = [context.around_peak(LINE_TOKENS) for context in evenly(contexts, LINE_CONTEXTS)]
-    top = prompts.EXPLAIN_TOP
-    return prompts.explain_question(
-        [(piece.visible(), prompts.scaled(piece.values_T.tolist(), maximum, top)) for piece in pieces]
-    )
+    values = [prompts.scaled(piece.values_T.tolist(), maximum, prompts.EXPLAIN_TOP) for piece in pieces]
+    return prompts.explain_question([(p.visible(), some) for p, some in zip(pieces, values, strict=True)])

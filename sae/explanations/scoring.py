@@ -46,9 +46,9 @@ def looked_up(shown, contexts):
     """What counting simulates, [C, T]: each token's mean activation in the contexts `shown`, 0 if unseen."""
     total, seen = Counter(), Counter()
     for context in shown:
+        seen.update(context.texts)
         for text, value in zip(context.texts, context.values_T.tolist(), strict=True):
             total[text] += value
-            seen[text] += 1
     return torch.tensor([[total[text] / max(1, seen[text]) for text in c.texts] for c in contexts])
 
 
@@ -94,28 +94,23 @@ def yes_no(feature, explanation, yes, seed):
     silent = feature.hard + [context for context in feature.scored if context.values_T.max() == 0]
     silent = [context.around_peak(YES_TOKENS) for context in silent[: max(MOST_YES, len(firing))]]
     firing = [context.around_peak(YES_TOKENS) for context in firing]
-    fields = {"detection": None, "detection_reason": None, "fuzzing": None, "fuzzing_reason": None}
     rng = torch.Generator().manual_seed(seed)
-    right = [context.values_T > 0 for context in firing]
-    wrong = [torch.zeros_like(on_T) for on_T in right]
-    for on_T, off_T in zip(right, wrong, strict=True):
+    right, wrong = [context.values_T > 0 for context in firing], []
+    for on_T in right:
         places = (~on_T).nonzero()[:, 0]
-        off_T[places[torch.randperm(len(places), generator=rng)[: int(on_T.sum())]]] = True
+        places = places[torch.randperm(len(places), generator=rng)[: int(on_T.sum())]]
+        wrong.append(torch.zeros_like(on_T).index_fill(0, places, True))
     marked = [
         prompts.excerpt(context.texts, on_T.tolist())
-        for marks in (right, wrong)
-        for context, on_T in zip(firing, marks, strict=True)
+        for context, on_T in zip(firing + firing, right + wrong, strict=True)
     ]
-    plain = ["".join(context.texts) for context in firing + silent]
-    for name, question, texts, negative in (
-        ("detection", FIRES, plain, len(silent)), ("fuzzing", MARKED, marked, len(firing)),
-    ):  # fmt: skip
-        if min(len(firing), negative) < MOST_YES:
-            fields[f"{name}_reason"] = (
-                f"{MOST_YES} contexts where the feature fires and as many others needed, there are "
-                f"{len(firing)} and {negative}"
-            )
-            continue
-        odds = yes(explanation, question, texts)
-        fields[name] = rounded(auroc(odds[: len(firing)], odds[len(firing) :]))
+    plain, fields = ["".join(context.texts) for context in firing + silent], {}
+    for name, question, texts in (("detection", FIRES, plain), ("fuzzing", MARKED, marked)):
+        counts, value, reason = (len(firing), len(texts) - len(firing)), None, None
+        if min(counts) < MOST_YES:
+            needed = f"{MOST_YES} contexts where the feature fires and as many others needed"
+            reason = f"{needed}, there are {counts[0]} and {counts[1]}"
+        else:
+            value = rounded(auroc(*yes(explanation, question, texts).split(counts)))
+        fields |= {name: value, f"{name}_reason": reason}
     return fields
