@@ -70,15 +70,13 @@ def sae_lens_config(config):
 
 def read_metrics(path, batch):
     """The line of metrics.jsonl that a run wrote with its checkpoint at `batch`; {} where there is none."""
-    found, lines = {}, Path(path).read_bytes().splitlines() if Path(path).is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            event = dict(json.loads(line))
-        except (ValueError, TypeError) as err:
-            raise InputError(f"a JSON object per line needed, line {number} of {path} is none") from err
-        if event.get("event") == "checkpoint" and event.get("batch") == batch:
-            found = event
-    return found
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    try:
+        events = [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as err:
+        raise InputError(f"a JSON object per line needed in {path}: {err}") from err
+    wanted = {"event": "checkpoint", "batch": batch}
+    return next((event for event in reversed(events) if wanted.items() <= event.items()), {})
 
 
 def model_card(config, metrics, format):

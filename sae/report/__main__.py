@@ -11,25 +11,12 @@ from sae.report import build
 def parse_args():
     parser = cli.Parser(__doc__)
     parser.prog = "python -m sae.report"
-    add = parser.add_argument
-    add(
-        "samples",
-        type=cli.path,
-        nargs="+",
-        help="interpretation samples (.pt), one file or several of one dataset",
-    )
-    add(
-        "--dataset_path", type=cli.path, default="./tokenized_dataset", help="dataset that they were taken of"
-    )
-    for flag, help in (
-        ("--explanations", "journal of each; default: <samples stem>.explanations.jsonl, where there is one"),
-        (
-            "--autoencoder_path",
-            "checkpoint of each; default: the one that the samples name, where it still is",
-        ),
-        ("--metrics", "metrics.jsonl of each training run; default: the one beside the checkpoint"),
-    ):
-        add(flag, type=cli.path, nargs="+", help=help)
+    add, some = parser.add_argument, {"type": cli.path, "nargs": "+"}
+    add("samples", help="interpretation samples (.pt), one file or several of one dataset", **some)
+    add("--dataset_path", type=cli.path, default="./tokenized_dataset", help="their dataset")
+    add("--explanations", help="journal of each; default: <samples stem>.explanations.jsonl, if any", **some)
+    add("--autoencoder_path", help="checkpoint of each; default: the one that it names, if there", **some)
+    add("--metrics", help="metrics.jsonl of each run; default: the one beside the checkpoint", **some)
     add("--contexts", type=cli.whole_number(1), default=12, help="of each kind; fewer to stay under 30 MB")
     add("--out", type=cli.path, default="report.html", help="HTML file to write")
     return parser, parser.parse_args()
@@ -39,9 +26,8 @@ def main(args):
     from sae.artifacts import atomic_write, check_writable
 
     check_writable("--out", args.out)
-    page = build(
-        args.samples, args.dataset_path, args.explanations, args.autoencoder_path, args.metrics, args.contexts
-    )
+    belonging = args.explanations, args.autoencoder_path, args.metrics
+    page = build(args.samples, args.dataset_path, *belonging, args.contexts)
     with atomic_write(args.out) as handle:
         size = handle.write(page.encode())
     print(f"{args.out}: {size / 1e6:.1f} MB; open it in a browser")

@@ -44,25 +44,22 @@ def dashboard(run, f):
     samples, kept_K = run.samples, run.context_FK[f] >= 0
     dim, acts_KT = int(samples.features[f]), samples.activations[f].double().numpy()[kept_K]
     tokens_KT = run.tokens_CT[run.context_FK[f][kept_K]]
-    heights, edges = (
-        np.histogram(acts_KT[acts_KT > 0], bins=50) if acts_KT.any() else (np.zeros(0), np.zeros(1))
-    )
+    fired = acts_KT[acts_KT > 0]
+    heights, edges = np.histogram(fired, bins=50) if len(fired) else (np.zeros(0), np.zeros(1))
     up, down = run.effects[f] or ([], [])
+    groups = zip(bins(samples.kind[f].numpy()[kept_K], acts_KT), tokens_KT, acts_KT, strict=True)
     activations = [
         {
             "bin_min": low, "bin_max": high, "bin_contains": share,
             "values": acts_T.round(3).tolist(), "tokens": [run.texts[token] for token in tokens_T],
             "qualifying_token_index": int(acts_T.argmax()),
         }
-        for (low, high, share), tokens_T, acts_T in zip(
-            bins(samples.kind[f].numpy()[kept_K], acts_KT), tokens_KT, acts_KT, strict=True
-        )
+        for (low, high, share), tokens_T, acts_T in groups
     ]  # fmt: skip
     return {key: [] for key in EMPTY} | {
         "feature_index": dim, "frac_nonzero": 10 ** samples.log10_frequency[dim].item(),
         "pos_str": [run.texts[token] for token, _ in up], "pos_values": [round(value, 3) for _, value in up],
-        "neg_str": [run.texts[token] for token, _ in down],
-        "neg_values": [round(value, 3) for _, value in down],
+        "neg_str": [run.texts[at] for at, _ in down], "neg_values": [round(value, 3) for _, value in down],
         "freq_hist_data_bar_heights": heights.astype(int).tolist(),
         "freq_hist_data_bar_values": ((edges[:-1] + edges[1:]) / 2).round(3).tolist(),
         **size(run), "dataset": samples.config.get("dataset_name", ""), "activations": activations,

@@ -8,11 +8,12 @@ simulated activations.
 import base64
 import gzip
 import hashlib
-import json
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jinja2.utils import htmlsafe_json_dumps
 
 from sae import InputError
 
@@ -26,6 +27,10 @@ LEFT_OUT = {
     "hookpoint", "log10_frequency", "max_activation", "samples_fingerprint", "dataset_fingerprint",
     "autoencoder_fingerprint",
 }  # fmt: skip
+
+
+# JSON that no text in it can end or leave: safe inside <script type="application/json">.
+as_data = partial(htmlsafe_json_dumps, separators=(",", ":"), allow_nan=False)
 
 
 class Run(NamedTuple):
@@ -142,12 +147,6 @@ def content(run):
     }  # fmt: skip
 
 
-def as_data(content):
-    """JSON that no text in it can end or leave: safe inside <script type="application/json">."""
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
 def render(runs, contexts, most_bytes=MOST_BYTES):
     """The page, as text; `contexts`: shown of each kind, fewer where the page would pass `most_bytes`."""
     from markupsafe import Markup
@@ -165,7 +164,7 @@ def render(runs, contexts, most_bytes=MOST_BYTES):
     # The content security policy lets the page's own script run and nothing else.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return template("report/page.html.jinja").render(
-        config=runs[0].samples.config, data=Markup(text), packs=[contents for contents, _ in packed],
+        config=runs[0].samples.config, data=text, packs=[contents for contents, _ in packed],
         script=Markup(script), style=Markup(style), digest=digest,
     )  # fmt: skip
 
