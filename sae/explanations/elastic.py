@@ -281,7 +281,7 @@ class Writer(AbstractContextManager):
         # Several attempts fit into the patience.
         self._client = self._client.options(request_timeout=min(30, max(1, self._patience_s / 4)))
         if self.trouble:
-            _say(f"waiting up to {self._patience_s:g} s for ElasticSearch")
+            tqdm.write(f"waiting up to {self._patience_s:g} s for ElasticSearch", file=sys.stderr)
         pause, since, fewest, looks = FIRST_PAUSE_S, time.monotonic(), len(self._waiting), 0
         while self._documents:
             self._try(math.inf, look=True)
@@ -318,9 +318,9 @@ class Writer(AbstractContextManager):
             trouble, self._may_pass = str(err), isinstance(err, MayPass)
             self._next_try = time.monotonic() + LONGEST_PAUSE_S
         if trouble and not self.trouble:
-            _say(f"{trouble}; the work goes on, what is finished is sent later")
+            tqdm.write(f"{trouble}; the work goes on, what is finished is sent later", file=sys.stderr)
         elif self.trouble and not trouble:
-            _say("ElasticSearch answers again")
+            tqdm.write("ElasticSearch answers again", file=sys.stderr)
         self.trouble = trouble
 
     def _bulks(self, late):
@@ -355,7 +355,3 @@ class Writer(AbstractContextManager):
 
     def _taken(self):
         return {dim: doc for dim, doc in self._documents.items() if dim not in self._rejected}
-
-
-def _say(line):
-    tqdm.write(line, file=sys.stderr)

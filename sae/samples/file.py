@@ -34,9 +34,6 @@ class Samples(NamedTuple):
     suppressed_logits: torch.Tensor | None = None
 
 
-OF_FEATURES = Samples._fields[5:]  # fields with a row for each selected feature
-
-
 def save_samples(path, samples):
     save_pt(path, {field: value for field, value in samples._asdict().items() if value is not None})
 
@@ -53,6 +50,6 @@ def only(samples, dims):
     missing = sorted(set(dims) - set(samples.features.tolist()))
     if missing:
         raise InputError(f"features of the samples needed, {', '.join(map(str, missing))} are not among them")
-    chosen_F = torch.isin(samples.features, torch.tensor(dims))
-    there = {field: value for field in OF_FEATURES if (value := getattr(samples, field)) is not None}
-    return samples._replace(**{field: value[chosen_F] for field, value in there.items()})
+    chosen_F, fields = torch.isin(samples.features, torch.tensor(dims)), Samples._fields[5:]  # of features
+    chosen = {name: value[chosen_F] for name in fields if (value := getattr(samples, name)) is not None}
+    return samples._replace(**chosen)

@@ -107,24 +107,21 @@ def prepare(
 ):  # fmt: skip
     """The inputs that the flags name; all that can be is refused before the weights of the LLM are read."""
     if log_freq_upper <= log_freq_lower:
-        raise InputError(
-            f"--log_freq_upper above --log_freq_lower needed, got {log_freq_upper:g} and {log_freq_lower:g}"
-        )
+        came = f"{log_freq_upper:g} and {log_freq_lower:g}"
+        raise InputError(f"--log_freq_upper above --log_freq_lower needed, got {came}")
     check_writable("--save_path", save_path)
     if Path(save_path).suffix == ".png":
         raise InputError(f"--save_path needs the name of a file (.pt), got {save_path}")
     if here.count > 1 and (target_model_device or autoencoder_device):
         raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
-    own = here.device if here.count > 1 else None
-    flags = "--target_model_device", "--autoencoder_device"
+    own, flags = here.device if here.count > 1 else None, ("--target_model_device", "--autoencoder_device")
     llm_device, device = cli.device_pair(target_model_device or own, autoencoder_device or own, flags)
     dataset, info = open_dataset(dataset_path)
     if num_samples > len(dataset):
         most = f"{len(dataset)} (the contexts of {dataset_path})"
         raise InputError(f"num_samples of at most {most} needed, got {num_samples}")
     checkpoint = load_checkpoint(autoencoder_path, device)
-    config = checkpoint.config
-    made_from = config.get("dataset_fingerprint")
+    config, made_from = checkpoint.config, checkpoint.config.get("dataset_fingerprint")
     check_origin(f"the autoencoder {autoencoder_path}", made_from, info["fingerprint"], dataset_path)
     name = target_model_name or config["model_name"]
     hookpoint = check_target(config, name, info, trust_remote_code)
@@ -154,8 +151,6 @@ def check_target(config, name, info, trust_remote_code=False):
     module, hookpoint = find_hookpoint(model, config["hookpoint"], config["layer_id"])
     width = activation_width(model, module)
     if width != config["act_vec_size"]:
-        raise InputError(
-            f"the model of the autoencoder ({made_from}, act_vec_size {config['act_vec_size']}) needed, "
-            f"{name} is {width} wide at {hookpoint}"
-        )
+        needed = f"the model of the autoencoder ({made_from}, act_vec_size {config['act_vec_size']}) needed"
+        raise InputError(f"{needed}, {name} is {width} wide at {hookpoint}")
     return hookpoint
