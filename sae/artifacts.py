@@ -23,15 +23,15 @@ def atomic_write(path, mode="wb"):
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
-def sync_folder(folder):
-    """Make renames in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path):
+    """Make a file, or the renames in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,7 +11,6 @@ with a model card (README.md); `neuronpedia` the features of a samples file, for
 
 import json
 import os
-import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,24 +99,20 @@ def model_card(config, metrics, format):
 @contextmanager
 def new_folder(out):
     """A folder to fill that appears at `out` whole or not at all. InputError where something is there."""
-    from sae.artifacts import sync_folder
+    from sae.artifacts import sync
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"a new or empty folder needed at {out}, it holds something")
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-    try:
-        yield partial
-        for file in filter(Path.is_file, partial.rglob("*")):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        partial.chmod(0o755)
-        os.replace(partial, out)
-        sync_folder(out.parent)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial") as partial:
+        folder = Path(partial, "whole")  # with the rights that new folders have
+        folder.mkdir()
+        yield folder
+        for path in folder.rglob("*"):
+            sync(path)
+        os.replace(folder, out)
+    sync(out.parent)
 
 
 def export(checkpoint_path, out, format, model_name=None):

@@ -73,7 +73,7 @@ class Journal(AbstractContextManager):
     def __init__(self, path):
         self._handle = open(path, "ab")  # noqa: SIM115, closed in __exit__
         _lock(self._handle, path)
-        artifacts.sync_folder(Path(path).parent)
+        artifacts.sync(Path(path).parent)
 
     def append(self, document):
         # allow_nan: NaN is no JSON, the server would refuse what the journal holds.

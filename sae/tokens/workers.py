@@ -313,7 +313,7 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
                 os.replace(path, place / path.name)
         else:
             os.replace(whole, place)
-        artifacts.sync_folder(place.parent)
+        artifacts.sync(place.parent)
         shutil.rmtree(folder)
     seconds = time.monotonic() - start
     said = f"wrote {num_files * rows} contexts of {length} tokens in {num_files} files to {save_path} in "
