@@ -11,8 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from elastic_transport import ConnectionTimeout, SerializationError, TlsError, TransportError
-from elasticsearch import ApiError, Elasticsearch, NotFoundError, UnsupportedProductError, helpers
+from elastic_transport import SerializationError, TlsError, TransportError
+from elasticsearch import ApiError, Elasticsearch, NotFoundError, helpers
 from tqdm import tqdm
 
 from sae import InputError, cli
@@ -107,41 +107,21 @@ def _in_one_line(client):
     try:
         yield
     except (ApiError, TransportError) as err:
+        text, may_pass = str(err), not isinstance(err, (TlsError, SerializationError))
+        if isinstance(err, ApiError):
+            error = err.body.get("error") if isinstance(err.body, dict) else None
+            text = f"it answered {err.status_code}, {_reason(error)}" if error else text
+            may_pass = err.status_code in BUSY or "blocked by" in text
+            if err.status_code in (401, 403) and not may_pass:
+                needed = f"the cluster privilege monitor and, on the index, {', '.join(PRIVILEGES)}"
+                text = f"{text}; the API key has to be valid and needs {needed}"
+        elif isinstance(err, TlsError):
+            text = f"{text}; --ssl_cert names the authority, http:// in the address does without TLS"
         url = next(iter(client.transport.node_pool.all())).base_url
-        said, may_pass = (_api_trouble if isinstance(err, ApiError) else _transport_trouble)(err)
         # No server sends the key back, but nothing here depends on that.
-        text = f"ElasticSearch needed, {url} {said}".replace(
-            client._headers["authorization"].split()[-1], "***"
-        )
+        key = client._headers["authorization"].split()[-1]
+        text = f"ElasticSearch needed at {url}: {text}".replace(key, "***")
         raise (MayPass if may_pass else InputError)(" ".join(text.split())) from err
-
-
-def _transport_trouble(err):
-    """What ails the connection, in words, and whether it may pass."""
-    cause = err
-    while cause.__cause__ or cause.__context__:  # the first one has the socket's or TLS's own words
-        cause = cause.__cause__ or cause.__context__
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return f"is not trusted, by its certificate: {cause.verify_message}", False
-    if isinstance(err, TlsError):
-        return f"speaks no TLS that we know ({cause}); plain http needs http:// in the address", False
-    if isinstance(err, SerializationError):
-        return "is not ElasticSearch: its answer cannot be read", False
-    return f"does not answer: {'no reply in time' if isinstance(err, ConnectionTimeout) else cause}", True
-
-
-def _api_trouble(err):
-    """What a refusal means, in words, and whether it may pass."""
-    status, error = err.status_code, err.body.get("error") if isinstance(err.body, dict) else None
-    said = f"{status}, {_reason(error)}" if error else str(status)
-    if status == 401:
-        return f"refuses the API key ({said}): it is unknown, has expired or was revoked", False
-    if status == 403 and "blocked by" not in said:
-        needed = f"the cluster privilege monitor and, on the index, {', '.join(PRIVILEGES)}"
-        return f"refuses the API key ({said}): it needs {needed}", False
-    if isinstance(err, UnsupportedProductError) or (status not in (*BUSY, 413) and not error):
-        return f"is not ElasticSearch (it answered {said})", False
-    return f"answered {said}", status in BUSY or "blocked by" in said
 
 
 def _reason(error):

@@ -165,14 +165,13 @@ def one_line(refused):
 def test_a_server_that_is_not_there():
     with pytest.raises(InputError) as refused:
         connect(f"127.0.0.1:{free_port()}", KEY)
-    assert "does not answer" in one_line(refused)
-    assert "refused" in one_line(refused)
+    assert "Connection refused" in one_line(refused)
 
 
 def test_a_host_that_does_not_exist():
     with pytest.raises(InputError) as refused:
         connect("http://no-such-host.invalid", KEY)
-    assert "does not answer" in one_line(refused)
+    assert "Failed to resolve" in one_line(refused)
 
 
 def echo(status):
@@ -183,19 +182,16 @@ def echo(status):
 @pytest.mark.parametrize(
     "fault, words",
     [
-        (echo(401), ["refuses the API key (401", "***", "expired"]),
-        (echo(403), ["refuses the API key (403", "***", "ask for [manage]", "create_index"]),
+        (echo(401), ["answered 401, bad key ApiKey ***", "the API key has to be valid"]),
+        (echo(403), ["answered 403, bad key ApiKey ***", "ask for [manage]", "needs the", "create_index"]),
         (lambda _request: refusal(429, "too many"), ["answered 429, too many"]),
         (lambda _request: refusal(503, "no master"), ["answered 503, no master"]),
-        (
-            lambda _request: Response("<h1>nginx</h1>", 200, content_type="text/html"),
-            ["is not ElasticSearch"],
-        ),
-        (lambda _request: Response("{}", 200, content_type="application/json"), ["is not ElasticSearch"]),
-        (lambda _request: Response("gone", 404), ["is not ElasticSearch"]),
-        (lambda _request: Response("x", 200, content_type="application/zip"), ["is not ElasticSearch"]),
-        (lambda _request: Response("{", 200, content_type="application/json"), ["is not ElasticSearch"]),
-        (dropped, ["does not answer"]),
+        (lambda _request: Response("<h1>nginx</h1>", content_type="text/html"), ["is not Elasticsearch"]),
+        (lambda _request: Response("{}", 200, content_type="application/json"), ["is not Elasticsearch"]),
+        (lambda _request: Response("gone", 404), ["404", "gone"]),
+        (lambda _request: Response("x", 200, content_type="application/zip"), ["Unknown mimetype"]),
+        (lambda _request: Response("{", 200, content_type="application/json"), ["Unable to deserialize"]),
+        (dropped, ["closed connection without response"]),
     ],
     ids=["401", "403", "429", "503", "html", "other_product", "404", "zip", "half_json", "dropped"],
 )
@@ -220,7 +216,7 @@ def test_a_short_hiccup_at_the_start_is_no_error(proxy):
     "host, expired, same_authority, words",
     [
         ("127.0.0.1", False, True, None),
-        ("127.0.0.1", True, True, "by its certificate: certificate has expired"),
+        ("127.0.0.1", True, True, "certificate has expired"),
         ("es.example.org", False, True, "not valid for '127.0.0.1'"),
         ("127.0.0.1", False, False, "unable to get local issuer certificate"),
     ],
@@ -269,13 +265,13 @@ def test_a_certificate_for_another_name(elasticsearch_url, tmp_path):
 def test_plain_http_where_tls_was_meant_and_the_other_way_round(proxy, elasticsearch_url, tmp_path):
     with pytest.raises(InputError) as refused:
         connect(f"https://{proxy.address}", KEY)
-    assert "speaks no TLS" in one_line(refused)
+    assert "TLS error" in one_line(refused) and "http:// in the address" in one_line(refused)
     with (
         Proxy(elasticsearch_url, tls=certificates(tmp_path)[0]) as server,
         pytest.raises(InputError) as refused,
     ):
         connect(server.address, KEY)
-    assert "does not answer" in one_line(refused)
+    assert "Connection error" in one_line(refused)
 
 
 def test_certificate_files_that_are_none(tmp_path):
@@ -440,9 +436,9 @@ def test_what_the_key_lacks_on_the_index_is_said(proxy, index):
 def test_a_connection_that_drops_while_the_index_is_made_ready(proxy, index, path):
     there = connect(proxy.address, KEY)
     proxy.fault = lambda request: dropped(request) if request.path.endswith(path) else None
-    with pytest.raises(InputError, match="does not answer"):
+    with pytest.raises(InputError, match="Connection error"):
         ensure_index(there, index, ORIGIN)
-    with pytest.raises(InputError, match="does not answer"):
+    with pytest.raises(InputError, match="Connection error"):
         proxy.fault = dropped
         missing(there, index, [document(1)])
 
@@ -523,7 +519,7 @@ def test_a_dead_server_costs_the_work_one_short_wait(proxy, client, index, monke
         writer.submit([document(dim)])
     assert time.monotonic() - begun < 2
     assert proxy.requests == 1
-    assert "no reply in time" in writer.trouble
+    assert "timed out" in writer.trouble
     monkeypatch.setattr(elastic, "LONGEST_PAUSE_S", 0)
     writer._next_try = 0  # as if the pause were over
     proxy.fault = lambda _request: None
@@ -752,7 +748,7 @@ def test_a_revoked_key_is_not_waited_for(proxy, client, index, capfd):
     writer = submit(there, index, range(3), patience_s=60)
     assert time.monotonic() - begun < 30
     assert (writer.sent, writer.unsent) == (0, 3)
-    assert "refuses the API key (403" in writer.trouble
+    assert "answered 403" in writer.trouble and "needs the cluster privilege" in writer.trouble
     assert KEY not in writer.trouble + capfd.readouterr().err
 
 

@@ -225,7 +225,7 @@ def refused(inputs, model, *words, **flags):
 
 def test_bad_input_is_refused_in_one_line(inputs, model, tmp_path):
     refused(inputs, model, "--num_gpus 1 needed", "got 4", num_gpus=4)
-    refused(inputs, model, "127.0.0.1:9", "does not answer")
+    refused(inputs, model, "127.0.0.1:9", "Connection refused")
     refused(inputs, model, tmp_path, "no such folder", dataset_path=tmp_path / "none")
     refused(inputs, model, "no such file", interpretation_samples_path=tmp_path / "none.pt")
     other = tmp_path / "other.pt"
