@@ -28,7 +28,7 @@ def choose(documents):
 
 
 def main(journal, page):
-    documents, _ = read_journal(journal, mend=False)
+    documents, _ = read_journal(journal)
     for why, document in choose(documents.values()):
         figures = ", ".join(
             f"{name} {document[name]:.2f}"

@@ -70,7 +70,7 @@ def explained(dims, checkpoint, args):
     elif where and not os.path.isfile(where):
         raise InputError(f"explanations needed at {where}, no such file")
     elif where:
-        documents = explanations.read_journal(where, mend=False)[0].values()
+        documents = explanations.read_journal(where)[0].values()
     for made_from in {document["autoencoder_fingerprint"] for document in documents}:
         artifacts.check_origin(f"what {where} holds", made_from, checkpoint.fingerprint, args.checkpoint)
     return {document["dim"]: document for document in documents}

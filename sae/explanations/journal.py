@@ -17,13 +17,12 @@ ORIGIN = {
 }
 
 
-def read_journal(path, mend=True):
-    """What a journal holds: ({dim: document}, whether its last line was torn). A missing file is empty.
+def read_journal(path):
+    """What a journal holds: ({dim: document}, bytes of a torn last line). A missing file is empty.
 
-    A torn last line (a run that was killed) is left out, and with `mend` cut off the file: for one process
-    only, while no `Journal` of the file is open. A bad line before it raises InputError.
+    A torn last line (a run was killed, or is just writing) is left out; a bad one before it is an InputError.
     """
-    documents, whole = {}, 0
+    documents, torn = {}, 0
     lines = Path(path).read_bytes().splitlines(keepends=True) if Path(path).exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -33,15 +32,10 @@ def read_journal(path, mend=True):
             is_one = False
         if is_one:
             documents[document["dim"]] = document
-            whole += len(line)
         elif number < len(lines):
             raise InputError(f"a journal of explanations needed, line {number} of {path} is no document")
-    torn = whole < sum(map(len, lines))
-    if torn and mend:
-        with open(path, "r+b") as handle:
-            _lock(handle, path)  # what looks torn may be a line that a run is just writing
-            handle.truncate(whole)
-            os.fsync(handle.fileno())
+        else:
+            torn = len(line)
     return documents, torn
 
 
@@ -59,12 +53,10 @@ def refuse_other(where, made_from, origin, what_to_do):
             raise InputError(f"{where} holds {what}, {came} instead of {needed}: {what_to_do}")
 
 
-def _lock(handle, path):
-    artifacts.lock(handle, f"a journal of its own needed, another run is writing {path}")
-
-
 class Journal(AbstractContextManager):
-    """Appends documents to the file at `path`; when `append` returns, the line survives a power cut.
+    """Appends documents to the file at `path`, whose torn last line it cuts off before.
+
+    When `append` returns, the line survives a power cut.
 
     with Journal(path) as journal:
         journal.append({"dim": 7, ...})
@@ -72,7 +64,8 @@ class Journal(AbstractContextManager):
 
     def __init__(self, path):
         self._handle = open(path, "ab")  # noqa: SIM115, closed in __exit__
-        _lock(self._handle, path)
+        artifacts.lock(self._handle, f"a journal of its own needed, another run is writing {path}")
+        self._handle.truncate(self._handle.tell() - read_journal(path)[1])
         artifacts.sync(Path(path).parent)
 
     def append(self, document):

@@ -197,7 +197,7 @@ def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics
     if metrics_path:
         metrics = read_metrics(metrics_path, samples.config.get("trained_batches"))
     explanations = explanations or Path(samples_path).with_suffix(".explanations.jsonl")
-    journal, _ = read_journal(explanations, mend=False)
+    journal, _ = read_journal(explanations)
     for made_from in {document.get("samples_fingerprint") for document in journal.values()}:
         check_origin(f"the journal {explanations}", made_from, fingerprint(samples_path), samples_path)
 

@@ -24,12 +24,12 @@ def path(tmp_path):
 
 
 def test_round_trip(path):
-    assert read_journal(path) == ({3: DOCUMENTS[0], 1: DOCUMENTS[1]}, False)
+    assert read_journal(path) == ({3: DOCUMENTS[0], 1: DOCUMENTS[1]}, 0)
     assert [json.loads(line) for line in path.read_text().splitlines()] == DOCUMENTS
 
 
 def test_a_missing_file_is_empty(tmp_path):
-    assert read_journal(tmp_path / "none.jsonl") == ({}, False)
+    assert read_journal(tmp_path / "none.jsonl") == ({}, 0)
     assert not (tmp_path / "none.jsonl").exists()
 
 
@@ -44,15 +44,13 @@ def test_a_torn_last_line_is_cut_off_once(path, tail):
     whole = path.read_bytes()
     path.write_bytes(whole + tail)
     documents, torn = read_journal(path)
-    assert (list(documents), torn) == ([3, 1], True)
-    assert path.read_bytes() == whole
-    assert read_journal(path)[1] is False
-
-
-def test_who_only_looks_leaves_the_file_alone(path):
-    path.write_bytes(before := path.read_bytes() + b'{"dim": 9}')
-    assert read_journal(path, mend=False)[1] is True
-    assert path.read_bytes() == before
+    assert (list(documents), torn) == ([3, 1], len(tail))
+    assert path.read_bytes() == whole + tail  # who only looks leaves the file alone
+    with Journal(path) as journal:
+        assert path.read_bytes() == whole
+        journal.append({"dim": 9})
+    documents, torn = read_journal(path)
+    assert (list(documents), torn) == ([3, 1, 9], 0)
 
 
 def test_every_cut_leaves_whole_documents(path):
@@ -62,7 +60,9 @@ def test_every_cut_leaves_whole_documents(path):
         path.write_bytes(whole[:length])
         documents, torn = read_journal(path)
         assert list(documents) == ([3] if length >= first else [])
-        assert torn == (length not in (0, first))
+        assert torn == (length if length < first else length - first)
+        with Journal(path):
+            assert path.read_bytes() == whole[: length - torn]
 
 
 @pytest.mark.parametrize("line", [b"half\n", b'["dim"]\n', b'{"layer": 3}\n', b'{"dim": "3"}\n'])
@@ -94,9 +94,13 @@ def test_two_runs_do_not_write_one_journal(path):
     with Journal(path) as _one, pytest.raises(InputError, match="another run is writing"):
         Journal(path)
     Journal(path).__exit__()
-    path.write_bytes(path.read_bytes() + b'{"dim": 4')
-    with Journal(path) as _one, pytest.raises(InputError, match="another run is writing"):
-        read_journal(path)  # the line may be one that is just being written
+    with Journal(path) as _one:
+        with open(path, "ab") as handle:
+            handle.write(b'{"dim": 4')  # a line that is just being written
+        before = path.read_bytes()
+        with pytest.raises(InputError, match="another run is writing"):
+            Journal(path)
+        assert path.read_bytes() == before
 
 
 def test_what_append_returned_from_outlives_kill_9(tmp_path):
