@@ -46,15 +46,12 @@ def number(kind=float, **limits):
     said = "".join(f", {words.get(name, name)} {limit}" for name, limit in limits.items())
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
-            fits = math.isfinite(value) and all(tests[name](value, limits[name]) for name in limits)
-        except (ValueError, OverflowError):
-            fits = False
-        if not fits:
-            what = "whole" if kind is int else "finite"
-            raise argparse.ArgumentTypeError(f"needs a {what} number{said}, got {text!r}")
-        return value
+            if math.isfinite(value) and all(tests[name](value, limits[name]) for name in limits):
+                return value
+        what = "whole" if kind is int else "finite"
+        raise argparse.ArgumentTypeError(f"needs a {what} number{said}, got {text!r}")
 
     return parse
 

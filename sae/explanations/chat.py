@@ -20,15 +20,10 @@ _MARK = "\ue000what\ue000"  # no template changes characters of the private use 
 
 def plain(tokenizer, text):
     """A text of a corpus with a CUT inside whatever reads like one of the tokenizer's added tokens."""
-    added = {token for token in tokenizer.get_added_vocab() if len(token) > 1 and token.strip()}
-    if not added:
-        return text.replace(CUT, "")
-    control = re.compile("|".join(map(re.escape, added)))
-    parts, rest = [], text.replace(CUT, "")
-    while found := control.search(rest):
-        parts.append(rest[: found.start() + 1])
-        rest = rest[found.start() + 1 :]
-    return CUT.join([*parts, rest])
+    added = [re.escape(token) for token in tokenizer.get_added_vocab() if len(token) > 1 and token.strip()]
+    text = text.replace(CUT, "")
+    # One may begin within another: each is cut behind its first character.
+    return re.sub(f"(?={'|'.join(added)})(.)", f"\\1{CUT}", text, flags=re.DOTALL) if added else text
 
 
 def chat(tokenizer, messages):
@@ -41,23 +36,22 @@ def chat(tokenizer, messages):
     system, first, *rest = messages
     merged = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
     single = [{"role": "user", "content": "\n\n".join(message["content"] for message in messages)}]
-    template = None if tokenizer.chat_template else LLAMA_TEMPLATE
+    options = {"tokenize": False, "add_generation_prompt": True}
+    if not tokenizer.chat_template:
+        options["chat_template"] = LLAMA_TEMPLATE
     reason = "it leaves out some of the text"
     for turns in (messages, merged, single):
-        for content in (lambda text: text, lambda text: [{"type": "text", "text": text}]):
-            given = [turn | {"content": content(turn["content"])} for turn in turns]
+        in_parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
+        for given in (turns, in_parts):
             try:
-                text = tokenizer.apply_chat_template(
-                    given, chat_template=template, tokenize=False, add_generation_prompt=True
-                )
+                text = tokenizer.apply_chat_template(given, **options)
             except Exception as err:  # a template is a program: it can fail in any way
                 reason = f"{type(err).__name__}: {' '.join(str(err).split())[:200]}"
                 continue
             if all(message["content"].strip() in text for message in messages):
                 return text
-    raise InputError(
-        f"a chat template needed that writes what it is given, this interpreter's fails: {reason}"
-    )
+    needed = "a chat template needed that writes what it is given"
+    raise InputError(f"{needed}, this interpreter's fails: {reason}")
 
 
 def split_chat(tokenizer, messages_about):
