@@ -56,10 +56,18 @@ def read_source_file(path):
         yield Skipped("holds NUL") if "\0" in text else text
 
 
-def read_rows(path, columns=None, pauses=PAUSES):
-    """The rows of a file or address as dicts, with `columns` at least; Skipped for what is no row."""
-    for stream in _streams(path, pauses):
-        yield from READERS[kind(path)](stream, columns)
+def read_rows(path, columns=None):
+    """The rows of a file or address as dicts, Skipped for what is no row; InputError where it does not open.
+
+    They have `columns` at least, all where these are not known; a wrong address then is told soon.
+    """
+    try:
+        for stream in _streams(path, PAUSES if columns else PAUSES[:3]):
+            yield from READERS[kind(path)](stream, columns)
+    except (InputError, ConnectionError):
+        raise
+    except BROKEN as err:
+        raise InputError(f"readable data files needed, {path} is none: {err}") from err
 
 
 def _streams(path, pauses):

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from sae import InputError
 from sae.tokens import datafiles
-from sae.tokens.datafiles import PAUSES, READERS, Skipped, kind
+from sae.tokens.datafiles import READERS, Skipped, kind
 
 DATA = READERS.keys() - {"txt"}
 # Beside data files of these kinds lie no source files; json, csv and tsv are found among source files, too.
@@ -40,18 +40,9 @@ class Source(NamedTuple):
 
     def read(self, path):
         """The text of each document of a file, or Skipped."""
-        for row in self.rows(path) if self.columns else datafiles.read_source_file(path):
+        rows = datafiles.read_rows(path, self.columns) if self.columns else datafiles.read_source_file(path)
+        for row in rows:
             yield self.text(row) if isinstance(row, dict) else row
-
-    def rows(self, path):
-        """Dicts with `columns`, with all where these are not known; Skipped for what is no row."""
-        pauses = PAUSES if self.columns else PAUSES[:3]  # a wrong address is told soon
-        try:
-            yield from datafiles.read_rows(path, self.columns, pauses)
-        except (InputError, ConnectionError):
-            raise
-        except datafiles.BROKEN as err:
-            raise InputError(f"readable data files needed, {path} is none: {err}") from err
 
     def text(self, row):
         parts = [row[column] for column in self.columns if row.get(column) is not None]
@@ -90,15 +81,14 @@ def open_source(name, data_dir=None, dataset_config=None, split="train", text_fi
         paths, is_data = _local_files(Path(name), data_dir, split)
         if not is_data:
             return Source(paths)
-    source = Source(paths, tokenizer=tokenizer)
     unknown = {kind(path) or path for path in paths} - set(READERS)
     if unknown:
         raise InputError(f"data files of {', '.join(READERS)} needed in {name}, got {min(unknown)}")
-    rows = islice(chain.from_iterable(map(source.rows, paths)), ROWS_LOOKED_AT)
+    rows = islice(chain.from_iterable(map(datafiles.read_rows, paths)), ROWS_LOOKED_AT)
     rows = [row for row in rows if not isinstance(row, Skipped)]
     if not rows:
         raise InputError(f"documents needed in {name}, it holds none")
-    source = source._replace(columns=_text_columns(rows, text_field))
+    source = Source(paths, _text_columns(rows, text_field), tokenizer)
     source.text(rows[0])  # refuses messages where there is no template
     return source
 
