@@ -233,23 +233,21 @@ def deal(streams, states, wanted, watch):
 
 def _write_files(folder, opened, plan, progress, stopping):
     """Write the files that are missing, noting each in `progress` when it is finished."""
-    rows_each, states = plan["num_samples_per_file"], [State(*state) for state in progress["states"]]
-    there, start = len(progress["files"]) * rows_each, time.monotonic()
-    bar = tqdm(total=plan["num_files"] * rows_each, initial=there, unit=" contexts", smoothing=0.1)
+    num_files, rows_each = plan["num_files"], plan["num_samples_per_file"]
+    there, states = len(progress["files"]), [State(*state) for state in progress["states"]]
+    bar = tqdm(total=num_files * rows_each, initial=there * rows_each, unit=" contexts", smoothing=0.1)
 
     def watch(new):
         counts = count(states)
-        rate = (bar.n - there) * plan["min_tokens"] / (time.monotonic() - start)
         share = counts["documents_long_enough"] / max(counts["documents"], 1)
-        said = f"{rate:,.0f} tokens/s, {share:.0%} of documents long enough"
-        bar.set_postfix_str(said, refresh=False)
+        bar.set_postfix_str(f"{share:.0%} of documents long enough", refresh=False)
         bar.update(new)
         if stopping():
             raise KeyboardInterrupt
 
     tokenizer_json = (folder / "dataset" / dataset.TOKENIZER / "tokenizer.json").read_text()
     with bar, working(opened, tokenizer_json, plan, states, watch) as streams:
-        for number in range(len(progress["files"]), plan["num_files"]):
+        for number in range(there, num_files):
             path = folder / "dataset" / dataset.file_name(plan, number)
             batches = deal(streams, states, rows_each, watch)
             rows, *written = dataset.write_arrow(path, batches, plan["min_tokens"])
@@ -259,17 +257,14 @@ def _write_files(folder, opened, plan, progress, stopping):
             artifacts.save_json(folder / "progress.json", progress)
             if progress["ended"]:
                 path.unlink()
-                raise InputError(_too_few(plan, number * rows_each + rows, count(states)))
-
-
-def _too_few(plan, contexts, counts):
-    fits = contexts // plan["num_files"]
-    less = "fewer files, --chunk_documents or a smaller --min_tokens may"
-    less = f"num_samples_per_file {fits} would" if fits else less
-    return (
-        f"{plan['num_files'] * plan['num_samples_per_file']} complete contexts of {plan['min_tokens']} "
-        f"tokens needed, the documents ended after {contexts}, of {_looked_at(counts)}; {less} fit"
-    )
+                contexts = number * rows_each + rows
+                less = "fewer files, --chunk_documents or a smaller --min_tokens may"
+                if fits := contexts // num_files:
+                    less = f"num_samples_per_file {fits} would"
+                raise InputError(
+                    f"{num_files * rows_each} complete contexts of {plan['min_tokens']} tokens needed, the "
+                    f"documents ended after {contexts}, of {_looked_at(count(states))}; {less} fit"
+                )
 
 
 def _looked_at(counts):
