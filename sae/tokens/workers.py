@@ -132,9 +132,10 @@ def read_finished(save_path, flags):
         return None
     try:
         info = json.loads(path.read_text())
-        _refuse_other_flags(info["dataset_arguments"] | info, flags, f"the dataset at {save_path}")
-    except (json.JSONDecodeError, KeyError, TypeError):
+        there = info["dataset_arguments"] | info
+    except (ValueError, KeyError, TypeError):
         raise InputError(f"a whole {path.name} needed in --save_path {save_path}") from None
+    _refuse_other_flags(there, flags, f"the dataset at {save_path}")
     return info
 
 
