@@ -26,20 +26,23 @@ def load_tokenizer(name, trust_remote_code=False):
     return _load(AutoTokenizer, "tokenizer", name, trust_remote_code)
 
 
-def load_model(name, device="cpu", dtype="auto", trust_remote_code=False):
+def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **share):
     """The causal language model `name` on `device`, ready for inference (no gradients, no dropout).
 
-    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. Raises InputError where a weight is
-    not in the files or has another shape there: transformers would go on with random numbers.
+    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. `share`: transformers' words for a
+    part of it. Raises InputError where a weight is not in the files or has another shape there: transformers
+    would go on with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
     told = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # in `info`, instead of an error
-    dtype = pick_dtype(dtype, device)
-    model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, dtype=dtype, **told)
+    told |= {"dtype": pick_dtype(dtype, device)} | share
+    model, info = _load(AutoModelForCausalLM, MODEL, name, trust_remote_code, **told)
     if info["mismatched_keys"]:
         weight, there, shape = min(info["mismatched_keys"])
-        raise InputError(f"{weight} of shape {list(shape)} needed by the config of {name}, got {list(there)}")
+        part = " in a process's share" if share else ""
+        needed = f"{weight} of shape {list(shape)}{part} needed by the config of {name}"
+        raise InputError(f"{needed}, got {list(there)}")
     if missing := sorted(info["missing_keys"]):
         lacks = f"{name} lacks {len(missing)}: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
         others = f"; it has {min(info['unexpected_keys'])} instead" if info["unexpected_keys"] else ""

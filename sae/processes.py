@@ -12,6 +12,7 @@ from typing import NamedTuple
 from sae import InputError, cli
 
 OTHERS_WAIT_S = 20
+HEADS = ("attention", "key_value")
 
 
 class Lost(OSError):
@@ -182,24 +183,51 @@ def join(num_gpus):
 
 
 def load_model(processes, name, dtype, parallel, trust_remote_code=False):
-    """The LLM `name`: whole on this process's device ("data"), or this process's share of it ("tensor")."""
+    """The LLM `name`: whole on this process's device ("data"), or this process's share of it ("tensor").
+
+    A share is read without the rest where transformers has a plan for the architecture; elsewhere each
+    process reads all of the model and DeepSpeed splits it. What one process refuses, all refuse.
+    """
     from sae import models
 
     if processes.count == 1 or parallel == "data":
         return models.load_model(name, processes.device, dtype, trust_remote_code)
+    bones, dtype = models.skeleton(name, dtype, trust_remote_code), models.pick_dtype(dtype, processes.device)
+    if not bones.tp_plan or Path(name).suffix == ".gguf":
+        return _split_by_deepspeed(processes, name, dtype, trust_remote_code)
+    from transformers.distributed import DistributedConfig
+
+    heads = {getattr(bones.config.get_text_config(), f"num_{kind}_heads", None) for kind in HEADS} - {None}
+    # Half a head attends to nothing: where they do not go round, each process has all of them.
+    whole = {part: "replicate" for part in bones.tp_plan if "attn" in part or "attention" in part}
+    uneven = any(count % processes.count for count in heads)
+    share = DistributedConfig(tp_size=processes.count, tp_plan=whole if uneven else None)
+    model = trouble = None
+    try:
+        model = models.load_model(name, processes.device, dtype, trust_remote_code, distributed_config=share)
+    except InputError as err:
+        trouble = err
+    if said := [text for text in processes.everyone(trouble and str(trouble)) if text]:
+        raise InputError(said[0])
+    return model
+
+
+def _split_by_deepspeed(processes, name, dtype, trust_remote_code):
     import deepspeed
 
+    from sae import models
+
+    if processes.rank == 0:
+        said = "no plan for shares in transformers, each process reads all of it first"
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
     # Without GPUs it would compile a kernel first, and a run killed meanwhile leaves a lock that every later
     # run waits for, for ever. gloo adds up as well.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    dtype = models.pick_dtype(dtype, processes.device)
-    engine = deepspeed.init_inference(
-        models.load_model(name, "cpu", dtype, trust_remote_code),
-        tensor_parallel={"tp_size": processes.count},
-        dtype=dtype,
-        replace_with_kernel_inject=False,
-    )
-    return engine.module
+    model, parts = models.load_model(name, "cpu", dtype, trust_remote_code), {"tp_size": processes.count}
+    try:
+        return deepspeed.init_inference(model, tensor_parallel=parts, dtype=dtype).module
+    except AssertionError as err:  # its word for an architecture that it does not know
+        raise InputError(f"--parallel data needed, DeepSpeed splits no {model.config.model_type}") from err
 
 
 class Parser(cli.Parser):
