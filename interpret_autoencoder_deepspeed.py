@@ -79,20 +79,21 @@ def interpret(args):  # in each process
             print(said if here.rank == 0 else "", end="\n" if here.rank == 0 else "")
             return 0
         started = time.monotonic()
-        for results in explanations.explained(work.plan, pending, here, args.parallel, explainer):
+        for results in explanations.explained(
+            work.plan, pending, here, args.parallel, explainer, stopping
+        ):  # at the first process
             bar.reach(len(results))
-            if here.rank == 0:  # in the journal before anything else happens with it
-                new = work.new(results)
-                for document in new:
-                    book.append(document)
-                writer.submit(new)
-                work.documents.update((document["dim"], document) for document in new)
-            if any(here.everyone(stopping())):
-                if here.rank == 0:
-                    count = len(work.documents)
-                    print(f"stopped: {count} features are in {work.path}, the same command goes on")
-                sys.exit(cli.STOPPED)  # an exit leaves the writer without waiting for a server that is down
+            new = work.new(results)
+            for document in new:  # in the journal before anything else happens with it
+                book.append(document)
+            writer.submit(new)
+            work.documents.update((document["dim"], document) for document in new)
         seconds = time.monotonic() - started
+        if any(here.everyone(stopping())):
+            if here.rank == 0:
+                count = len(work.documents)
+                print(f"stopped: {count} features are in {work.path}, the same command goes on")
+            sys.exit(cli.STOPPED)  # an exit leaves the writer without waiting for a server that is down
     if here.rank:
         return 0
     summary = explanations.summary(work.documents.values(), len(work.documents) - len(done), seconds)

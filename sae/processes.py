@@ -1,6 +1,8 @@
 """The processes that `deepspeed` started: who they are, what they tell each other, a model among them."""
 
 import atexit
+import itertools
+import json
 import os
 import signal
 import sys
@@ -25,6 +27,7 @@ class Processes(NamedTuple):
     rank: int
     count: int
     device: str  # of this process
+    store: object = None  # torch.distributed's, kept by the first process: small things by name
 
     @property
     def neighbours(self):
@@ -109,6 +112,45 @@ class Processes(NamedTuple):
                 dist.recv(part, rank) if rank else part.copy_(own)
         return whole
 
+    def hand_out(self, items, work, stopping):
+        """Yields, at the first process, `work(item)` of all `items` as they end, each done by who was free.
+
+        Results are plain (JSON). Every process has to iterate, and gets to the end when all do; once one is
+        `stopping()`, none begins another item. Raises Lost where one has ended, after all that was finished.
+        """
+        import torch
+
+        taken, mine = [0] * self.count, itertools.count()
+
+        def finished():
+            for rank in range(self.count if self.rank == 0 else 0):
+                while self._ask("check", [key := f"{rank} {taken[rank]}"]):
+                    taken[rank] += 1
+                    result = json.loads(self._ask("get", key))
+                    self._ask("delete_key", key)
+                    yield result
+
+        while not stopping() and (turn := self._ask("add", "given", 1)) <= len(items):
+            result = work(items[turn - 1])
+            self._ask("set", f"{self.rank} {next(mine)}", json.dumps(result))
+            yield from finished()
+        self._ask("add", "given", len(items))  # a stop is one for all
+        with _together() as dist:
+            arrived = dist.all_reduce(torch.zeros(1), async_op=True)
+        while not arrived.is_completed():  # or failed, where one has ended
+            yield from finished()
+            time.sleep(0.05)
+        yield from finished()
+        with _together():
+            arrived.wait()
+        if self.rank == 0:
+            self._ask("delete_key", "given")
+        self.everyone(None)
+
+    def _ask(self, what, *words):
+        with _together():
+            return getattr(self.store, what)(*words)
+
     @contextmanager
     def first_decides(self):
         """Within: checks of the first process (`if processes.rank == 0`). What it refuses, all refuse."""
@@ -166,7 +208,7 @@ def join(num_gpus):
         raise InputError(f"--num_gpus {count} needed, as many as deepspeed started, got {num_gpus}")
     import torch
 
-    gpus = torch.cuda.device_count()
+    gpus, store = torch.cuda.device_count(), None
     if gpus and local >= gpus:
         raise InputError(f"a GPU for each process needed, got {gpus} GPUs and a process number {local}")
     if gpus:
@@ -176,10 +218,14 @@ def join(num_gpus):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here.neighbours))
     if count > 1:
         # gloo beside nccl: what the processes tell each other goes over the CPU, no GPU waits for it.
-        torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        store, _, _ = next(torch.distributed.rendezvous("env://"))
+        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
         # Its threads must be gone before Python is: they abort a process that exits with another status.
         atexit.register(torch.distributed.destroy_process_group)
     return here
+
+    return Processes(rank, count, f"cuda:{local}" if gpus else "cpu", store)
 
 
 def load_model(processes, name, dtype, parallel, trust_remote_code=False):

@@ -32,6 +32,38 @@ for name in sys.argv[1:]:
 """
 
 
+HANDED_OUT = """
+import json, os, sys, time
+from sae import processes
+here = processes.join(2)
+
+def work(item):
+    begun.append(item)
+    if how == "uneven":  # the first item lasts until the others are done
+        while here.store.add("done", int(item > 0)) < 5 and item == 0:
+            time.sleep(0.01)
+    if how == "death" and here.rank == 1 and len(begun) == 3:
+        here.store.set("dead", "")
+        os.kill(os.getpid(), 9)
+    if how == "death" and here.rank == 0:
+        here.store.wait(["dead"])
+    return {"rank": here.rank, "item": item}
+
+def stopping():
+    return how == "stop" and here.rank == 1 and len(begun) == 2
+
+for how in ("uneven", "stop", "death"):
+    begun, results, lost = [], [], ""
+    try:
+        for result in here.hand_out(range(6), work, stopping):
+            results.append(result)
+    except processes.Lost as err:
+        lost = str(err)
+    print(json.dumps(["", begun, results, lost]), flush=True)
+os._exit(2)
+"""
+
+
 def together(program, *args):
     """[(status, output lines that are JSON, what it said elsewhere)] of two processes that run `program`."""
     port, started = str(free_port()), []
@@ -85,3 +117,33 @@ def test_shares_of_a_model_are_read_alone_and_give_what_the_whole_gives(folders)
     assert "lacks 1: model.layers.1.mlp.up_proj.weight" in lacking[1]
     assert "model.embed_tokens.weight of shape" in longer[1] and "a process's share" in longer[1]
     assert ended[1][1][3:] == [gpt2, lacking, longer]  # all refuse what one refuses
+
+
+@pytest.fixture(scope="module")
+def handed_out():
+    """Of both processes: the items that it began, the results it was given, what it lost; for three runs."""
+    (status, first, _), (other_status, other, _) = together(HANDED_OUT)
+    assert (status, other_status, len(first), len(other)) == (2, -9, 3, 2)
+    assert [results for _, _, results, _ in other] == [[], []]
+    return first, other
+
+
+def test_who_is_free_gets_the_next_item_and_the_first_process_all_results(handed_out):
+    (_, _, results, lost), *_ = handed_out[0]
+    assert sorted(result["item"] for result in results) == list(range(6)) and not lost
+    (slow,) = (result["rank"] for result in results if result["item"] == 0)
+    assert [result["item"] for result in results if result["rank"] == slow] == [0]
+
+
+def test_a_stop_of_one_process_is_a_stop_of_all_and_loses_nothing(handed_out):
+    (_, begun, results, lost), (_, other_begun, _, _) = handed_out[0][1], handed_out[1][1]
+    assert sorted(result["item"] for result in results) == sorted(begun + other_begun) and not lost
+    assert len(other_begun) == 2
+
+
+def test_what_was_finished_reaches_the_first_process_before_it_hears_of_a_death(handed_out):
+    _, begun, results, lost = handed_out[0][2]
+    items = [[result["item"] for result in results if result["rank"] == rank] for rank in (0, 1)]
+    # The third item of the one that died is lost, and nothing else.
+    assert items[0] == begun and len(items[1]) == 2 and len(begun) == 3
+    assert "another one has ended" in lost

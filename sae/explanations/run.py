@@ -81,18 +81,25 @@ def load(here, plan, bar, **flags):
     return Explainer(plan, interpreter, simulator, bar.step)
 
 
-def explained(plan, pending, here, parallel, explainer):
-    """Explain the groups `pending` (numbers) of a Plan: for each round the documents' new part, in order.
+def explained(plan, pending, here, parallel, explainer, stopping):
+    """Explain the groups `pending` (numbers) of a Plan: yields at the first process the documents' new part.
 
-    A round is one group, or with `parallel` "data" one for each process. All processes have to iterate.
+    All processes have to iterate. They work on the same group, or with `parallel` "data" each on one of its
+    own whenever it is free; once one is `stopping()`, what was begun is the last.
     """
-    share, shares = (here.rank, here.count) if parallel == "data" else (0, 1)
-    for first in range(0, len(pending), shares):
-        results = []
-        for number in pending[first : first + shares][share : share + 1]:
-            results = explainer.group(plan.groups[number])
-        everyones = here.everyone(results if here.rank < shares else [])
-        yield [result for part in everyones for result in part]
+
+    def work(number):
+        return explainer.group(plan.groups[number])
+
+    if parallel == "data" and here.count > 1:
+        yield from here.hand_out(pending, work, stopping)
+        return
+    for number in pending:
+        results = work(number)
+        if here.rank == 0:
+            yield results
+        if any(here.everyone(stopping())):
+            return
 
 
 SHARES = {"written": 0.5, "explained": 0.2, "scored": 0.3}  # of the work on a feature, roughly

@@ -62,14 +62,22 @@ class Here:
     def __init__(self, rank, count):
         self.rank, self.count = rank, count
 
-    def everyone(self, results):
-        return [results]
+    def everyone(self, value):
+        return [value]
+
+    def hand_out(self, items, work, stopping):
+        return (work(item) for item in items)
 
 
-def test_groups_are_shared_out_in_turn_or_done_by_all():
-    plan = Plan([0, 1], [2, 3], [4, 5])
-    dims = lambda rounds: [[document["dim"] for document in one] for one in rounds]  # noqa: E731
-    assert dims(explained(plan, [0, 2], Here(0, 1), "data", Explainer())) == [[0, 1], [4, 5]]
-    assert dims(explained(plan, [0, 1, 2], Here(1, 2), "data", Explainer())) == [[2, 3], []]
-    assert dims(explained(plan, [0, 1], Here(0, 2), "tensor", Explainer())) == [[0, 1], [2, 3]]
-    assert dims(explained(plan, [0, 1], Here(1, 2), "tensor", Explainer())) == [[], []]
+def test_groups_are_handed_out_or_done_by_all():
+    plan, never = Plan([0, 1], [2, 3], [4, 5]), lambda: False
+    dims = lambda groups: [[document["dim"] for document in one] for one in groups]  # noqa: E731
+    assert dims(explained(plan, [0, 2], Here(0, 1), "data", Explainer(), never)) == [[0, 1], [4, 5]]
+    assert dims(explained(plan, [0, 1, 2], Here(1, 2), "data", Explainer(), never)) == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
+    assert dims(explained(plan, [0, 1], Here(0, 2), "tensor", Explainer(), never)) == [[0, 1], [2, 3]]
+    assert dims(explained(plan, [0, 1], Here(1, 2), "tensor", Explainer(), never)) == []
+    assert dims(explained(plan, [0, 1, 2], Here(0, 2), "tensor", Explainer(), lambda: True)) == [[0, 1]]

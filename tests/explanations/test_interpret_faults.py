@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, write_dataset
@@ -129,6 +130,13 @@ def kill(process):
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def kill_one(launcher, rank):
+    """kill -9 of one of the processes that it started."""
+    for child in psutil.Process(launcher.pid).children(recursive=True):
+        if child.environ().get("RANK") == str(rank):
+            child.kill()
 
 
 def timeless(document):
@@ -260,6 +268,11 @@ def test_runs_killed_at_random_moments_end_with_the_same_documents(run, server, 
             time.sleep(rng.uniform(0, 10))
         assert server.process.poll() is None, f"noida-db ended with {server.process.poll()}"
         assert process.poll() in (None, 0), (run.folder / "log").read_text()
+        if several and run.lines() >= target:
+            kill_one(process, rank=number // 5)
+            assert process.wait(60) != 0
+            said = (run.folder / "log").read_text()
+            assert said.count("another one has ended") == 1 and "Traceback" not in said, said
         kill(process)
         moments.append(run.lines())
     print(f"documents in the journal at each kill: {moments}")
