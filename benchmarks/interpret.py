@@ -1,18 +1,24 @@
 """Features explained and scored per minute, with 1 and 2 processes, beside the naive way or another version.
 
     python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/N.pt
+    python benchmarks/interpret.py --memory --model inputs/qwen2.5-coder-1.5b
 
 The naive way asks the same LLM to write the list of activations as text, up to 1,000 new tokens for each
 scored context, one context after the other, and has no control. Everything else is this suite's.
+
+--memory: what a process needs at most to read its share of the LLM, then a prompt, above what it had before.
+Counted as Linux's Pss: what is the process's own, and its part of pages of the file that others look at too.
 """
 
 import argparse
+import json
 import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -70,22 +76,81 @@ def naive(args):
     return 60 / (explaining + simulating), written / contexts
 
 
+def memory_of_a_share(name, dtype):
+    """In a process that deepspeed started: prints the most bytes that reading its share took."""
+    import torch.distributed.tensor  # noqa: F401, in the baseline, as all code is
+
+    from sae import models, processes
+    from sae.explanations.interpreter import Interpreter
+
+    def held():
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+    def watch():
+        while not read.wait(0.05):
+            most[0] = max(most[0], held())
+
+    here, tokenizer = processes.join(int(os.environ["WORLD_SIZE"])), models.load_tokenizer(name)
+    models.skeleton(name)
+    here.everyone(None)
+    before, most, read = held(), [0], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    interpreter = Interpreter(processes.load_model(here, name, dtype, "tensor"), tokenizer)
+    interpreter.next_token(["import os, sys\n" * 50])
+    here.everyone(None)  # nobody lets go before all have looked
+    most[0] = max(most[0], held())
+    read.set()
+    watcher.join()
+    here.everyone(None)
+    print(f"\n{json.dumps({'most': most[0] - before})}", flush=True)
+
+
+def memory(model):
+    """A table: what the LLM needs in one process, and a half of it in each of two."""
+    print("| dtype | processes | GB in each | of the whole |\n|---|---|---|---|")
+    for dtype in ("bfloat16", "float32"):
+        whole = None
+        for processes in (1, 2):
+            command = [
+                Path(sys.executable).parent / "deepspeed",
+                "--num_gpus",
+                processes,
+                __file__,
+                model,
+                dtype,
+            ]
+            said = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+            most = max(map(int, re.findall(r'{"most": (\d+)}', said)))
+            whole = whole or most
+            print(f"| {dtype} | {processes} | {most / 1e9:.2f} | {most / whole:.2f} |", flush=True)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--samples", required=True, help="interpretation samples")
-    parser.add_argument("--dataset", required=True, help="their tokenised dataset")
-    parser.add_argument("--autoencoder", required=True, help="their checkpoint")
+    if "RANK" in os.environ:
+        return memory_of_a_share(*sys.argv[-2:])
+    parser, features = (
+        argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]),
+        "--memory" not in sys.argv,
+    )
+    parser.add_argument("--memory", action="store_true", help="what a share of the LLM needs instead")
+    parser.add_argument("--samples", required=features, help="interpretation samples")
+    parser.add_argument("--dataset", required=features, help="their tokenised dataset")
+    parser.add_argument("--autoencoder", required=features, help="their checkpoint")
     parser.add_argument("--model", default=str(ROOT / "inputs/smollm2"), help="LLM that explains")
     parser.add_argument("--features", type=int, default=8, help="features explained in each run")
     parser.add_argument("--naive_contexts", type=int, default=1, help="contexts simulated the naive way")
     parser.add_argument("--beside", help="checkout of another version, run instead of the naive way")
     args = parser.parse_args()
     for name in ("samples", "dataset", "autoencoder", "model"):
-        setattr(args, name, str(Path(getattr(args, name)).resolve()))
+        setattr(args, name, str(Path(getattr(args, name) or "").resolve()))
     os.environ |= {"HF_HUB_OFFLINE": "1", "DS_BUILD_OPS": "0"}
     from servers import elasticsearch
 
     print(f"{platform.machine()}, {os.cpu_count()} cores; python {' '.join(sys.argv)}", flush=True)
+    if args.memory:
+        return memory(args.model)
     print("| | features/minute | times the first |\n|---|---|---|")
     halves = f" --batch_size {(args.features + 1) // 2}"
     with elasticsearch() as url:

@@ -223,9 +223,7 @@ def join(num_gpus):
         torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
         # Its threads must be gone before Python is: they abort a process that exits with another status.
         atexit.register(torch.distributed.destroy_process_group)
-    return here
-
-    return Processes(rank, count, f"cuda:{local}" if gpus else "cpu", store)
+    return here._replace(store=store)
 
 
 def load_model(processes, name, dtype, parallel, trust_remote_code=False):
