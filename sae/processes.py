@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sae import InputError, cli
 
 OTHERS_WAIT_S = 20
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line of ours says that a process has ended
 HEADS = ("attention", "key_value")
 
 
@@ -130,6 +131,9 @@ class Processes(NamedTuple):
                     self._ask("delete_key", key)
                     yield result
 
+        if self.rank == 0:
+            self._ask("delete_key", "given")  # of another time
+        self.everyone(None)
         while not stopping() and (turn := self._ask("add", "given", 1)) <= len(items):
             result = work(items[turn - 1])
             self._ask("set", f"{self.rank} {next(mine)}", json.dumps(result))
@@ -143,9 +147,6 @@ class Processes(NamedTuple):
         yield from finished()
         with _together():
             arrived.wait()
-        if self.rank == 0:
-            self._ask("delete_key", "given")
-        self.everyone(None)
 
     def _ask(self, what, *words):
         with _together():
