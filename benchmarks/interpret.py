@@ -124,7 +124,7 @@ def memory(model):
             said = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
             most = max(map(int, re.findall(r'{"most": (\d+)}', said)))
             whole = whole or most
-            print(f"| {dtype} | {processes} | {most / 1e9:.2f} | {most / whole:.2f} |", flush=True)
+            print(f"| {dtype} | {processes} | {most / 1e9:.2f} | {most / whole:.3f} |", flush=True)
 
 
 def main():
