@@ -92,10 +92,7 @@ def _url(address, ssl_cert):
 def _key(text):
     """The key in the form the client takes. It never appears in a message, whatever is wrong with it."""
     if text.startswith("@"):
-        try:
-            text = Path(cli.path(text[1:])).read_text(encoding="ascii").strip()
-        except UnicodeDecodeError:
-            raise InputError(f"api_key needs a file with the key alone, {text[1:]} is no text") from None
+        text = Path(cli.path(text[1:])).read_text(errors="replace").strip()
     if not re.fullmatch(r"[!-~]+", text):
         raise InputError("api_key needs a key of printable characters without spaces, or @FILE")
     return tuple(text.split(":", 1)) if ":" in text else text
@@ -169,23 +166,17 @@ def _same_index(client, index, origin):
         there = next(iter(client.indices.get_mapping(index=index).values()))["mappings"]
     except NotFoundError:
         mappings = {"dynamic": "strict", "properties": MAPPING, "_meta": owner}
-        client.indices.create(
-            index=index, mappings=mappings, settings={"index.query.default_field": SEARCHED}
-        )
+        settings = {"index.query.default_field": SEARCHED}
+        client.indices.create(index=index, mappings=mappings, settings=settings)
         return
     meta, fields = there.get("_meta", {}), there.get("properties", {})
-    ours, other = "autoencoder_fingerprint" in meta, []  # what ours lacks is added
-    for field, kind in MAPPING.items():
-        needed, came = (one and one.get("type", "object") for one in (kind, fields.get(field)))
-        if came != needed and (came or not ours):
-            other.append(f"{field} {came or 'missing'} instead of {needed}")
-    if other:
-        raise InputError(f"the index {index} has another mapping: {', '.join(other)}; --index names another")
-    if ours and "settings" not in meta:  # an index of the version before: its documents say the rest
+    if "autoencoder_fingerprint" in meta and "settings" not in meta:  # of the version before
         hits = client.search(index=index, size=1)["hits"]["hits"]
-        meta = (hits[0]["_source"] if hits else owner) | meta
+        meta = (hits[0]["_source"] if hits else owner) | meta  # its documents say the rest
     refuse_other(f"the index {index}", meta, owner, "--index names another")
-    if meta != owner or MAPPING.keys() - fields.keys():
+    if (
+        meta != owner or fields | MAPPING != fields
+    ):  # what it lacks is added; no server changes a field's type
         client.indices.put_mapping(index=index, properties=MAPPING, meta=owner)
 
 

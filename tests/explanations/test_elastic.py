@@ -383,12 +383,21 @@ def test_an_index_of_ours_gets_the_fields_that_it_lacks(client, index, holds):
     assert stored(client, index)[2] == document(2)
 
 
-def test_an_index_with_another_mapping_is_refused_and_both_are_named(client, index):
-    client.indices.create(index=index, mappings={"properties": {"dim": {"type": "keyword"}}})
+@pytest.mark.parametrize(
+    ("meta", "words"),
+    [
+        ({}, ["another autoencoder, None instead of 0123456789abcdef", "--index"]),
+        (ORIGIN, ["dim", "cannot be changed from type [keyword] to [integer]"]),
+    ],
+)
+def test_an_index_with_another_mapping_is_refused_and_left_alone(client, index, meta, words):
+    there = {"properties": {"dim": {"type": "keyword"}}} | ({"_meta": meta} if meta else {})
+    client.indices.create(index=index, mappings=there)
+    before = client.indices.get_mapping(index=index)[index]
     with pytest.raises(InputError) as refused:
         ensure_index(client, index, ORIGIN)
-    for words in (index, "dim keyword instead of integer", "tokens missing instead of keyword", "--index"):
-        assert words in one_line(refused)
+    assert all(word in one_line(refused) for word in [index if not meta else "ElasticSearch", *words])
+    assert client.indices.get_mapping(index=index)[index] == before
 
 
 @pytest.mark.parametrize("key", ORIGIN)
