@@ -162,7 +162,7 @@ def main():
             name = f"naive, 1 process, {written:.0f} tokens written a context, no control"
         print(f"| {name} | {slow:.2f} | 1 |", flush=True)
         for processes, flags in (
-            (1, ""), (1, "--scores simulation"), (1, TOKENS),
+            (1, TOKENS), (1, ""), (1, "--scores simulation"),
             *(() if args.beside else ((2, "--parallel data" + halves), (2, "--parallel tensor" + halves))),
         ):  # fmt: skip
             rate, said = suite(args, url, processes, flags)

@@ -59,7 +59,8 @@ class Explainer:
 
     def group(self, places):
         """The part of each feature's document that is new, for the features at `places`: a list of dicts."""
-        self._explained = {place: self._explained[place] for place in places if place in self._explained}
+        self._explained = {}
+        self._simulate.forget()
         self.explain(sorted({*places, *(other for place in places for other in self.plan.others(place)[:1])}))
         documents = []
         for place in places:

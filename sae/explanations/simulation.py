@@ -26,7 +26,6 @@ from sae.explanations.candidates import SPELT, Tokens
 
 STEEPNESS, THRESHOLD = 2.0, 4.0  # of `contrasted`; benchmarks/simulation.py makes the tables behind these
 TOKEN_THRESHOLD, FLOOR = 5.0, 1e-5  # of the token reading, and the least probability it compares with
-MOST_PHRASES = 500  # kept, each the size of the vocabulary
 SEES = 0.1  # what the token reading gives some token at least where it is right
 NAMES = {
     ",": "comma", ".": "dot period", ":": "colon", ";": "semicolon", "'": "quote apostrophe", '"': "quote",
@@ -219,6 +218,10 @@ class Simulator:
             self._spelt[text] = [self.interpreter.encode(way, "`")[0][0] for way in spellings(text)]
         return self._spelt[text]
 
+    def forget(self):
+        """Read phrases anew: their last bits depend on what they are read with, a group's on nothing else."""
+        self._phrases.clear()
+
     def read(self, explanations):
         """Read, all together, what `by_tokens` needs of these explanations: of each of their phrases how much
         more likely it makes each token than nothing in particular, [V].
@@ -228,8 +231,6 @@ class Simulator:
         phrases = {phrase for text in explanations for read in parsed(text) for phrase in read.phrases()}
         if phrases <= self._phrases.keys():
             return
-        if len(self._phrases) > MOST_PHRASES:
-            self._phrases.clear()
         # Those of a length beside each other, so that little is filling.
         lacking = sorted(phrases - self._phrases.keys(), key=lambda phrase: (len(phrase), phrase))
         self._base = self._base or [base_1V[0] for base_1V in self._log_p([prompts.NEUTRAL])]
