@@ -1,10 +1,11 @@
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from sae.training.buffer import ShuffleBuffer, llm_batches
+from sae.training.buffer import SharedBuffer, ShuffleBuffer, llm_batches
 
 
 def stream(start, stop, chunk=7):
@@ -92,3 +93,50 @@ def test_llm_batches_cover_each_epoch_in_a_new_order():
         == list(itertools.islice(llm_batches(10, 4, seed=3), 5))[2:]
     )
     assert len(list(itertools.islice(llm_batches(3, 8, seed=0), 2))[1]) == 8
+
+
+def shared(processes, num_batches, capacity, burst, first=0):
+    """A SharedBuffer for each process: each gives its own rows, and where in the batch they belong."""
+    here = SimpleNamespace(count=processes, placed=lambda rows, places, count: (rows, places, count))
+    start = first // capacity * capacity * 4
+
+    def chunks(rank):
+        for number, rows in enumerate(stream(start, num_batches * 4 + burst * processes, burst)):
+            yield rows if number % processes == rank else rows.to("meta")
+
+    shape = 4, num_batches, capacity, 5, "cpu", here, burst
+    return [SharedBuffer(chunks(rank), *shape) for rank in range(processes)]
+
+
+def merged(parts):
+    """The rows of all processes, each in its place; and each place was given once."""
+    assert sorted(torch.cat([places for _, places, _ in parts]).tolist()) == list(range(parts[0][2]))
+    whole = torch.empty(parts[0][2], 3)
+    for rows, places, _count in parts:
+        whole[places] = rows
+    return whole[:, 0].int().tolist()
+
+
+@pytest.mark.parametrize("processes", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("num_batches", "capacity", "burst", "first"),
+    [(200, 60, 8, 0), (200, 60, 8, 131), (61, 20, 50, 45), (9, 1, 3, 0), (90, 90, 7, 5), (30, 4, 1000, 0)],
+)
+def test_processes_that_hold_their_own_rows_alone_draw_the_same_batches(
+    processes, num_batches, capacity, burst, first
+):
+    whole = ShuffleBuffer(stream(first // capacity * capacity * 4, 5000), 4, num_batches, capacity, 5)
+    buffers, number = shared(processes, num_batches, capacity, burst, first), first
+    for batch, *parts in zip(whole.batches(first), *(one.batches(first) for one in buffers), strict=True):
+        assert merged(parts) == batch[:, 0].int().tolist()
+        slots = [one.sample(9, np.random.default_rng(number)) for one in (whole, *buffers)]
+        drawn = [one.rows(some) for one, some in zip(buffers, slots[1:], strict=True)]
+        assert merged(drawn) == whole.rows(slots[0])[:, 0].int().tolist()
+        number += 1
+    assert number == num_batches
+
+
+def test_a_process_holds_its_share_of_the_buffer():
+    for one in shared(4, 30_000, 10_000, 64):
+        next(one.batches())
+        assert 10_000 <= len(one._rows_ND) < 11_000

@@ -18,6 +18,17 @@ models.fast_dtype = lambda _device: torch.float32
 processes.join = functools.cache(processes.join)
 folder.draw = sweep.draw = lambda *_: None  # pictures take longer than the runs
 trainer.LOG_INTERVAL, trainer.AUX_WINDOW = 1, 5
+load_model = models.load_model
+
+
+def load_one_that_listens(*args):
+    """With random weights as they are, what is put in place of a layer's output changes nothing behind it."""
+    model = load_model(*args)
+    model.model.layers[1].mlp.down_proj.weight.data *= 1000
+    return model
+
+
+models.load_model = load_one_that_listens
 
 
 def run(words, stop):
