@@ -90,8 +90,7 @@ def main(args, stopping):
     model, module = run.open_llm()
     trainers = run.trainers()
     if args.dry_run:
-        say(training.timed_steps(run, model, module, trainers))
-        return 0
+        return say(training.timed_steps(run, model, module, trainers))
     before = min(trainer.batch for trainer in trainers)
     buffer = training.stream(run, model, module, before, lambda: here.sum(stopping()))
 
@@ -106,6 +105,7 @@ def main(args, stopping):
                 break
     if (done := min(trainer.batch for trainer in trainers)) < num_batches:
         run.save_resume(trainers)
+        run.wait()
         say(f"\nstopped after batch {done}; the same command with --resume goes on", flush=True)
         here.everyone(None)  # the launcher ends the first process once another one has left
         return cli.STOPPED

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from train import seconds  # noqa: E402
 
-from sae import activations, autoencoder, models  # noqa: E402
+from sae import activations, autoencoder, cli, models  # noqa: E402
 from sae.training import run, steps, trainer  # noqa: E402
 
 CODELLAMA = {
@@ -170,8 +170,8 @@ def table():
     print("| features | GPUs | LLM, GB | autoencoder | left of 80 | exchange, GB a step | hours |")
     print("|---" * 7 + "|")
     for features, count in itertools.product((44_032, 352_256), (1, 2, 4, 8)):
-        config = same | {"dict_vec_size": features // count}
-        parts = run.llm_bytes(config, model, dtype), run.autoencoder_bytes([config], dtype, cuda=True)
+        config = same | {"dict_vec_size": features}
+        parts = run.llm_bytes(config, model, dtype), run.autoencoder_bytes([config], dtype, True, count)
         left, weights = 80e9 - sum(parts), 2 * D * features / count
         exchange = BATCH * D * (dtype.itemsize + 4) if count > 1 else 0  # rows in, reconstructions out
         seconds = flops / count / FLOPS + 5 * weights / FLOPS  # of a token: the LLM, five products
@@ -188,10 +188,9 @@ def main():
     if (args := parser.parse_args()).table:
         return table()
     gpus = torch.cuda.device_count()
-    devices = [torch.device(f"cuda:{one}") for one in range(min(gpus, 2))] or [torch.device("cpu")]
     name = torch.cuda.get_device_name() if gpus else "no GPU, a dry run: small sizes"
     print(f"{name}, {os.cpu_count()} cores, torch {torch.__version__}; python {' '.join(sys.argv)}")
-    measure(LARGE if gpus else SMALL, devices[0], devices[-1])
+    measure(LARGE if gpus else SMALL, *cli.device_pair(None, None))
     if args.explain:
         print(f"explainer: {explainer(*args.explain):.1f} features/minute")
 

@@ -125,23 +125,21 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path, config, autoencoder, log10_frequency):
-    """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least).
+    """Write `<trained_batches>.pt`; `config`: plain values named after the flags (CONFIG_KEYS at least)."""
+    save_pt(path, checkpoint(config, autoencoder.state_dict(), autoencoder.factor, log10_frequency))
 
-    Of several processes the first writes, gathering the weights matrix by matrix.
+
+def checkpoint(config, weights, factor, log10_frequency):
+    """What `save_checkpoint` writes. weights: the state_dict of an autoencoder with all features.
 
     Readers need not know of a `factor` c: f(c x) = c max((x - b_dec / c) W_enc + b_enc / c, 0), and so the
     biases and the threshold are divided by it. Activations then are in units of the LLM's.
     """
-    state = {}
-    for name, value in autoencoder.state_dict().items():
-        value = autoencoder.here.whole(value, FEATURES[name])
-        state[name] = value if value is None else value.contiguous().cpu()
-    if autoencoder.here.rank:
-        return
-    if autoencoder.factor != 1:
-        config = config | {"scale_factor": autoencoder.factor}
-        state |= {name: state[name] / autoencoder.factor for name in state if not name.startswith("W_")}
-    save_pt(path, {"config": config, "state_dict": state, "log10_frequency": log10_frequency.cpu()})
+    state = {name: value.cpu().contiguous() for name, value in weights.items()}
+    if factor != 1:
+        config = config | {"scale_factor": factor}
+        state |= {name: state[name] / factor for name in state if not name.startswith("W_")}
+    return {"config": config, "state_dict": state, "log10_frequency": log10_frequency.cpu()}
 
 
 def load_checkpoint(path, device="cpu"):

@@ -3,11 +3,15 @@
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from sae import InputError
 from sae.artifacts import load_pt, lock, save_pt
-from sae.autoencoder import save_checkpoint
+from sae.autoencoder import checkpoint
 from sae.plots import draw, frequency_histogram, loss_curves
 from sae.processes import ALONE
 
@@ -37,13 +41,15 @@ def _load_resume(path):
 class RunFolder:
     """The folder of a run, this process's alone until it ends; `config` decides the run's results.
 
-    Of several processes (`here`) the first writes what all of them give it: all make the same calls. Raises
-    InputError where another run is writing into it, where a run would be overwritten, or where the run to go
-    on with was started with other flags.
+    background: a thread writes, from a copy in the CPU's memory, and training goes on. What ails it is raised
+    by the next save, or by `wait`. Of several processes (`here`) the first writes what all of them give it:
+    all make the same calls. Raises InputError where another run is writing into it, where a run would be
+    overwritten, or where the run to go on with was started with other flags.
     """
 
-    def __init__(self, path, config, resume, writer=None, here=ALONE):
+    def __init__(self, path, config, resume, writer=None, here=ALONE, background=False):
         self.path, self.config, self.saved_at, self._here = Path(path), config, time.monotonic(), here
+        self._thread, self._writing = ThreadPoolExecutor(1) if background else None, None
         self._writer, self._board = writer, None  # for TensorBoard: the class, and one of it from `start` on
         self._metrics, self._saved = self.path / "metrics.jsonl", None
         self.wrote = f"{path} was complete"  # the newest line for the user
@@ -111,40 +117,71 @@ class RunFolder:
         return [json.loads(line) for line in self._metrics.read_text().splitlines()]
 
     def resume_is_old(self):
-        return time.monotonic() - self.saved_at > RESUME_SECONDS
+        """Also where writing it failed: then `save_resume` says why."""
+        failed = self._writing and self._writing.done() and self._writing.exception()
+        return bool(failed) or time.monotonic() - self.saved_at > RESUME_SECONDS
+
+    def wait(self):
+        """Until all is written."""
+        with self._here.first_decides():
+            if self._writing:
+                self._writing.result()
 
     def save_resume(self, trainer):
         """All that only going on needs, in one atomic file."""
-        trainer.finite_losses()  # refuses to replace a good state by a broken one
-        whole = trainer.state()
-        with self._here.first_decides():
-            if self._here.rank == 0:
-                os.fsync(self._handle.fileno())
-                if self._board:
-                    self._board.flush()
-                size = os.fstat(self._handle.fileno()).st_size
-                state = {"config": self.config, "trainer": whole, "metrics_bytes": size}
-                save_pt(self.path / "resume.pt", state)
-        self.saved_at = time.monotonic()
+        self._save(self._state(trainer))
 
     def save_checkpoint(self, trainer, figures):
         """`<trained_batches>.pt`, a metrics line, resume.pt (a kill before it repeats all), pictures."""
-        trainer.finite_losses()
-        batch, tokens = trainer.batch, trainer.batch * self.config["batch_size_autoencoder"]
+        state, batch = self._state(trainer), trainer.batch
+        tokens, path = batch * self.config["batch_size_autoencoder"], self.path / f"{batch}.pt"
         log10_frequency, rows = trainer.log10_frequency(self.config["batch_size_autoencoder"])
         config = self.config | {"trained_batches": batch, "trained_tokens": tokens, "frequency_tokens": rows}
-        with self._here.first_decides():
-            save_checkpoint(self.path / f"{batch}.pt", config, trainer.autoencoder, log10_frequency)
+        content = config, state["weights"], state["factor"], log10_frequency
+        self._write(lambda: save_pt(path, checkpoint(*content)))
         if self._here.rank:
-            return self.save_resume(trainer)
+            return self._save(state)
         figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
         event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures}
         self.append([event])
-        self.save_resume(trainer)
-        self.wrote = f"wrote {self.path / str(batch)}.pt, images/ and metrics.jsonl: {held_out(event)}"
+        self._save(state)
+        self.wrote = f"wrote {path}, images/ and metrics.jsonl: {held_out(event)}"
         title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
         draw(frequency_histogram, self.path / "images" / f"{batch}.png", log10_frequency, title)
         draw(loss_curves, self.path / "images" / "loss_curves.png", self.metrics(), title)
+
+    def _state(self, trainer):
+        """The trainer's; a copy of it (where it was gathered it is one) if training goes on meanwhile."""
+        trainer.finite_losses()  # refuses to replace a good state by a broken one
+        self.wait()
+        state, copy = trainer.state(), self._here.count == 1
+        return tree_map_only(Tensor, lambda one: one.to("cpu", copy=copy), state) if self._thread else state
+
+    def _save(self, state):
+        size = 0 if self._here.rank else os.fstat(self._handle.fileno()).st_size
+
+        def write():
+            os.fsync(self._handle.fileno())
+            if self._board:
+                self._board.flush()
+            content = {"config": self.config, "trainer": state, "metrics_bytes": size}
+            save_pt(self.path / "resume.pt", content)
+
+        self._write(write)
+        self.saved_at = time.monotonic()
+
+    def _write(self, work):
+        """Call `work()` in the first process; in the thread behind what it writes, unless that failed."""
+        before = self._writing
+
+        def in_turn():
+            if before:
+                before.result()
+            work()
+
+        with self._here.first_decides():
+            if self._here.rank == 0:
+                self._writing = self._thread.submit(in_turn) if self._thread else work()
 
 
 def held_out(event):

@@ -78,6 +78,11 @@ class Run(NamedTuple):
         for folder, trainer in zip(self.folders, trainers, strict=True):
             folder.save_resume(trainer)
 
+    def wait(self):
+        """Until all that was saved is written."""
+        for folder in self.folders:
+            folder.wait()
+
     def bar(self, before):
         options = {"unit": "batch", "desc": "filling the buffer", "disable": self.here.rank > 0}
         return tqdm(total=self.config["num_batches"], initial=before, **options)
@@ -151,7 +156,8 @@ def prepare(flags, here=ALONE):
     configs = [config | {"num_batches_preload": preload} for config in configs]
     writer = tensorboard() if flags["tensorboard"] else None
     places = zip(paths, configs, strict=True) if writes else ()
-    folders = [RunFolder(*one, resume, writer, here) for one in places]
+    options = resume, writer, here, _writes_beside(configs, device, here)
+    folders = [RunFolder(*one, *options) for one in places]
     data = dataset, flags["dataset_path"], documents, training_rows, held_out_rows
     run = Run(configs, *data, llm, autoencoder, plan, path, folders, trust_remote_code, here)
     if run.finished and here.rank == 0:
@@ -287,6 +293,15 @@ def autoencoder_bytes(configs, dtype, cuda=False, processes=1):
     return lasting + max(passing) + 2**27
 
 
+def _writes_beside(configs, device, here):
+    """Whether training goes on while a state is written: on a GPU, if the CPU's memory holds a copy of it.
+
+    On a CPU the copy would take a third more memory, and the thread time from the steps.
+    """
+    copies = sum(2 * 16 * config["act_vec_size"] * config["dict_vec_size"] for config in configs)
+    return device.type == "cuda" and copies < _free_bytes(torch.device("cpu"), here)
+
+
 def _free_bytes(device, here):
     """What this process may take: of a machine's memory its share, for the others fill theirs."""
     if device.type == "cuda":
@@ -352,7 +367,9 @@ def loop(run, model, module, trainers, buffer):
                 run.folders[place].save_checkpoint(trainers[place], of_one)
             if run.here.rank == 0:
                 sweep.write(run.path, run.folders)
-        elif any(events.values()) and run.here.from_first(run.folders[0].resume_is_old()):
+            if batch == num_batches:
+                run.wait()
+        elif any(events.values()) and run.here.from_first(any(one.resume_is_old() for one in run.folders)):
             run.save_resume(trainers)
         shown = [logs[place] for place in sorted(logs)]
         yield {label: "/".join(text.format(**log) for log in shown) for label, text in BAR.items() if shown}
@@ -386,15 +403,25 @@ def timed_steps(run, model, module, trainers):
         own.append(stepped - read)
         updates.append(time.perf_counter() - stepped)
 
-    def seconds(times):
-        """Of one batch, were it so many times as large: the update takes what it takes."""
-        both = times * min(llm), times * (min(own) - min(updates)) + min(updates)
-        return (sum if device == run.llm.device else max)(both) / times  # a device each: they work at once
+    return forecast(config, min(llm), min(own), min(updates), apart=device != run.llm.device)
 
-    rate, larger = size / seconds(1), size / seconds(4)
-    minutes, share = config["num_batches"] * size / rate / 60, min(updates) / min(own)
-    hint = f", {larger:.0f} tokens/s expected with --batch_size_autoencoder {4 * size}"
+
+def forecast(config, llm, step, update, apart):
+    """One line from the seconds of a batch; apart: LLM and autoencoder have a device each, and work at once.
+
+    The update takes as long for a batch of any size, the rest of a step grows with it.
+    """
+
+    def rate(times):
+        """Tokens/s with batches so many times as large."""
+        both = times * llm, times * (step - update) + update
+        return times * config["batch_size_autoencoder"] / (max if apart else sum)(both)
+
+    size = config["batch_size_autoencoder"]
+    minutes, hint = config["num_batches"] * size / rate(1) / 60, ""
+    if rate(4) > 1.1 * rate(1):
+        hint = f", {rate(4):.0f} tokens/s expected with --batch_size_autoencoder {4 * size}"
     return (
-        f"expected: {minutes:.1f} minutes at {rate:.0f} tokens/s, checkpoints aside; the update is "
-        f"{share:.0%} of a step{hint if larger > 1.1 * rate else ''}"
+        f"expected: {minutes:.1f} minutes at {rate(1):.0f} tokens/s, checkpoints aside; the update is "
+        f"{update / step:.0%} of a step{hint}"
     )

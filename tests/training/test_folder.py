@@ -1,14 +1,24 @@
 """The folder of a run: what is written when, and what happens when writing fails."""
 
+import concurrent.futures
+import contextlib
+import itertools
+import json
 import os
+import random
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 from conftest import ROOT
 
+import sae.training.folder as room
 from sae import InputError
+from sae.artifacts import save_pt
 from sae.autoencoder import Autoencoder
 from sae.training.folder import RunFolder, tensorboard
 from sae.training.trainer import Trainer
@@ -123,3 +133,102 @@ def test_tensorboard_that_is_not_there_is_a_line(tmp_path):
         "InputError: --tensorboard needs its package (pip install tensorboard): no such package"
         in done.stderr
     )
+
+
+def in_background(path):
+    """A folder whose thread writes, and its trainer, after one batch."""
+    config = {"batch_size_autoencoder": 8, "num_batches": 10**9, "model_name": "tiny", "hookpoint": "mlp"}
+    folder = RunFolder(path, config, False, background=True)
+    trainer = Trainer(Autoencoder(6, 20, rng=torch.Generator().manual_seed(0)), 1e-2, 0.3)
+    trainer.step(rows(8))
+    folder.start(trainer)
+    return folder, trainer
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path, monkeypatch):
+    """What is written is the state at the time of the save, and resume.pt comes after the checkpoint."""
+    folder, trainer = in_background(tmp_path)
+    folder.wait()
+    go, order = threading.Event(), []
+
+    def slowly(path, content):
+        assert go.wait(60)
+        order.append(path.name)
+        save_pt(path, content)
+
+    monkeypatch.setattr("sae.training.folder.save_pt", slowly)
+    want = {name: value.clone() for name, value in trainer.autoencoder.state_dict().items()}
+    size = (tmp_path / "metrics.jsonl").stat().st_size
+    folder.save_checkpoint(trainer, dict(FIGURES))
+    metrics = (tmp_path / "metrics.jsonl").stat().st_size
+    trainer.step(rows(8, 2))
+    folder.append([{"event": "log", "batch": 2, "tokens": 16}])
+    assert not (tmp_path / "1.pt").exists() and not folder.resume_is_old()
+    go.set()
+    folder.wait()
+    saved = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert order == ["1.pt", "resume.pt"] and size < metrics == saved["metrics_bytes"]
+    for weights in (
+        saved["trainer"]["weights"],
+        torch.load(tmp_path / "1.pt", weights_only=True)["state_dict"],
+    ):
+        assert all(torch.equal(weights[name], value) for name, value in want.items())
+    assert not torch.equal(trainer.autoencoder.W_dec, want["W_dec"])
+
+
+def test_what_ails_the_thread_is_raised(tmp_path, monkeypatch):
+    folder, trainer = in_background(tmp_path)
+    folder.wait()
+
+    def fails(path, content):  # of the checkpoint alone; resume.pt, behind it, is not replaced
+        if path.name == "1.pt":
+            raise OSError("no space left")
+        save_pt(path, content)
+
+    monkeypatch.setattr("sae.training.folder.save_pt", fails)
+    before = (tmp_path / "resume.pt").read_bytes()
+    folder.save_checkpoint(trainer, dict(FIGURES))
+    concurrent.futures.wait([folder._writing])
+    assert folder.resume_is_old()  # so that the loop saves, and this is raised
+    for call in (lambda: folder.save_resume(trainer), folder.wait):
+        with pytest.raises(OSError, match="no space left"):
+            call()
+    assert (tmp_path / "resume.pt").read_bytes() == before
+
+
+def write_all_the_time(path):
+    torch.set_num_threads(1)
+    room.draw = lambda *_picture: None
+    folder, trainer = in_background(path)
+    for number in itertools.count(2):
+        trainer.step(rows(8, number))
+        folder.append([{"event": "log", "batch": number, "tokens": 8 * number}])
+        if number % 3 == 0:
+            folder.save_checkpoint(trainer, dict(FIGURES))
+
+
+def test_a_kill_leaves_the_last_whole_state(tmp_path):
+    """kill -9 at moments drawn at random, while a thread writes all the time and steps go on."""
+    rng, batches = random.Random(5), []
+    for run in range(6):
+        path, child = tmp_path / str(run), os.fork()
+        if not child:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os._exit, 1)
+                write_all_the_time(path)
+        while not (path / "resume.pt").exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.3))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saved = torch.load(path / "resume.pt", weights_only=True)
+        batches.append(saved["trainer"]["batch"])
+        lines = (path / "metrics.jsonl").read_bytes()[: saved["metrics_bytes"]].decode().splitlines()
+        assert [json.loads(line)["batch"] for line in lines][-1:] == batches[-1:][: len(lines)]
+        assert {f"{number}.pt" for number in range(3, batches[-1] + 1, 3)} <= {
+            x.name for x in path.glob("*.pt")
+        }
+        folder, trainer = RunFolder(path, saved["config"], True), Trainer(Autoencoder(6, 20), 1e-2, 0.3)
+        folder.start(trainer)
+        assert trainer.batch == batches[-1] and not list(path.rglob("*.partial"))
+    assert max(batches) > 3
