@@ -49,6 +49,25 @@ def test_explanations_of_a_batch_are_those_of_generate_one_by_one(interpreter):
         assert text == prompts.sentence(interpreter.tokenizer.decode(out, skip_special_tokens=True))[0]
 
 
+def test_a_prefix_is_not_copied_for_its_texts_and_a_text_leaves_the_batch_as_it_ends(
+    interpreter, monkeypatch
+):
+    prefix = interpreter.prefix("what all texts begin with")
+    for own, layer in zip(prefix.cache.layers, prefix.shared(5).layers, strict=True):
+        assert len(layer.keys) == 5 and len(own.keys) == 1
+        for mine, theirs in ((layer.keys, own.keys), (layer.values, own.values)):
+            assert mine.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
+    rows, original = [], interpreter._logits
+    ends = iter([False, True, False, True, False, True])  # the second at once, then the first, then the third
+    monkeypatch.setattr(prompts, "sentence", lambda reply: (reply, next(ends)))
+    monkeypatch.setattr(interpreter, "end_ids", set())
+    monkeypatch.setattr(
+        interpreter, "_logits", lambda ids_BL, *rest: rows.append(len(ids_BL)) or original(ids_BL, *rest)
+    )
+    interpreter._write(prefix, [[5, 6], [7], [8, 9, 10]], 9, None)
+    assert rows == [3, 2, 1]
+
+
 def test_readings_that_are_no_numbers_are_refused(interpreter):
     head = interpreter.model.get_output_embeddings()
     with pytest.raises(InputError, match="finite logits needed"):
