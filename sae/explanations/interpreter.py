@@ -7,6 +7,7 @@ model's attention would count: what is read in a text does not depend on the tex
 """
 
 import copy
+import functools
 import inspect
 import re
 from typing import NamedTuple
@@ -26,13 +27,23 @@ class Prefix(NamedTuple):
     ids: list[int]
     cache: object
 
-    def shared(self, times):
-        """The cache for `times` texts, not copied: what a forward pass adds does not reach this prefix."""
+    def shared(self, times, grows):
+        """The cache for `times` texts, not copied: what a forward pass adds does not reach this prefix.
+
+        Where it need not grow, a copy for each text is there in one layer at a time, while that one attends.
+        """
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in cache.layers]
         for layer in cache.layers:
             layer.keys, layer.values = (kv.expand(times, -1, -1, -1) for kv in (layer.keys, layer.values))
+            if not grows:
+                layer.update = functools.partial(_joined, layer)
         return cache
+
+
+def _joined(layer, keys, values, *_ignored, **_too):
+    """What a layer attends to, in place of its `update` that would keep it."""
+    return torch.cat([layer.keys, keys], -2), torch.cat([layer.values, values], -2)
 
 
 class Interpreter:
@@ -73,7 +84,7 @@ class Interpreter:
             return Prefix((after.ids if after else []) + ids, None)
         # Without the config it keeps all keys: a window's would be cut to those that the last token sees.
         before = after or Prefix([], DynamicCache())
-        return Prefix(before.ids + ids, self._read([ids], [[0]], before)[1])
+        return Prefix(before.ids + ids, self._read([ids], [[0]], before, grows=True)[1])
 
     def explanations(
         self, questions, max_new_tokens=60, messages_about=prompts.explain_messages, begin=prompts.REPLY,
@@ -96,7 +107,7 @@ class Interpreter:
     def _write(self, prefix, rows, max_new_tokens, progress):
         """The sentences that go on from `rows` of ids after `prefix`; a row leaves the batch as it ends."""
         texts, replies, alive = [""] * len(rows), [[] for _ in rows], list(range(len(rows)))
-        logits_B1V, cache = self._read(rows, [[len(ids) - 1] for ids in rows], prefix)
+        logits_B1V, cache = self._read(rows, [[len(ids) - 1] for ids in rows], prefix, grows=True)
         fill_B = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
         if cache is not None:
             _to_the_front(cache, fill_B)
@@ -204,11 +215,14 @@ class Interpreter:
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
         return ids, [starts[place] - 1 for place in ends]
 
-    def _read(self, rows, at, prefix=None):
-        """Logits [B, T, V] at the places `at` of rows of ids that follow `prefix`, and the cache of all."""
+    def _read(self, rows, at, prefix=None, grows=False):
+        """Logits [B, T, V] at the places `at` of rows of ids that follow `prefix`; and the cache.
+
+        Of what it read the cache holds something only where it `grows`.
+        """
         cache, skip = None, 0
         if prefix and prefix.cache is not None:
-            cache = prefix.shared(len(rows)) if prefix.ids else prefix.cache
+            cache = prefix.shared(len(rows), grows) if prefix.ids else prefix.cache
         elif prefix:
             rows, skip = [prefix.ids + ids for ids in rows], len(prefix.ids)
         length = max(map(len, rows))
