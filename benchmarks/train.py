@@ -1,13 +1,15 @@
 """Training speed as a share of its floor: LLM to the hookpoint + the matrix products + Adam, each alone.
 
     python benchmarks/train.py MODEL DATASET [--batches 100 300] [--peer .venv-interop/bin/python] [--memory]
+    python benchmarks/train.py MODEL DATASET --sweep 0.5 1 2 4
     python benchmarks/train.py --steps
 
 SmolLM2 layer 10 mlp_activations, 1536 -> 6144, 1,024 rows a batch, 16 contexts of 128 tokens a forward pass.
 The script is run twice, and the difference of the two times counts: start, model loading and the last
 checkpoint cancel. --peer: the same for SAELens, in an environment that has it. --memory instead compares the
-script's peak memory on the dataset and on one with 100,000 contexts more. --steps: the gradients of one step,
-by dense and by sparse products, where 0.1% to 50% of the features fire.
+script's peak memory on the dataset and on one with 100,000 contexts more. --sweep: the time of one run with
+these coefficients beside the sum of a run of each. --steps: the gradients of one step, by dense and by
+sparse products, where 0.1% to 50% of the features fire.
 """
 
 import argparse
@@ -91,7 +93,7 @@ def steps_table(device):
         print(f"| {share:.1%} | " + " | ".join(f"{1000 * took:.0f}" for took in row) + " |", flush=True)
 
 
-def script(model_name, dataset_path, batches, preload):
+def script(model_name, dataset_path, batches, preload, *more):
     """(seconds, peak resident bytes) of a run of the script, as it says itself and as the system counted.
 
     The system tells the highest peak of all children so far.
@@ -101,11 +103,19 @@ def script(model_name, dataset_path, batches, preload):
             sys.executable, ROOT / "train_autoencoder_from_tokens.py", "10", "mlp_activations",
             "--model_name", model_name, "--dataset_path", dataset_path, "--save_path", folder,
             "--num_batches", batches, "--num_batches_preload", preload, "--batches_between_ckpt", 0,
-            "--batch_size_autoencoder", ROWS, "--batch_size_llm", CONTEXTS, "--learning_rate", 1e-3,
+            "--batch_size_autoencoder", ROWS, "--batch_size_llm", CONTEXTS, "--learning_rate", 1e-3, *more,
         ]  # fmt: skip
         done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True)
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     return float(re.search(r"([\d.]+) s, [\d.]+ tokens/s", done.stdout)[1]), peak
+
+
+def sweep_ratio(args):
+    """Prints the seconds, filling the buffer and checkpoints included, of single runs and of the sweep."""
+    run = functools.partial(script, args.model, args.dataset, args.batches[0], 50, "--l1_coefficient")
+    singles, together = [run(value)[0] for value in args.sweep], run(*args.sweep)[0]
+    each = ", ".join(f"{took:.0f}" for took in singles)
+    print(f"one by one {each} s; in one run {together:.0f} s, {together / sum(singles):.2f} of their sum")
 
 
 def peer(python, model_name, dataset_path, batches):
@@ -136,6 +146,7 @@ def main():
     parser.add_argument("--batches", type=int, nargs=2, default=(100, 300))
     parser.add_argument("--peer", metavar="PYTHON")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--sweep", type=float, nargs="+", metavar="L1")
     args = parser.parse_args()
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     name = (
@@ -150,6 +161,8 @@ def main():
             small, large = (script(args.model, path, 20, 10)[1] for path in (args.dataset, more))
         print(f"peak memory: {small / 2**20:.0f} MiB; with 100,000 contexts more {large / 2**20:.0f} MiB")
         return
+    if args.sweep:
+        return sweep_ratio(args)
     dataset, _ = tokens.open_dataset(args.dataset)
     floors = [floor(args.model, dataset, device)]
     short, long = (script(args.model, args.dataset, batches, 50)[0] for batches in args.batches)
