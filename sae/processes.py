@@ -14,6 +14,7 @@ from typing import NamedTuple
 from sae import InputError, cli
 
 OTHERS_WAIT_S = 20
+PIECE_BYTES = 2**22  # torch's store breaks the connection at a value of more than twice as many
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a line of ours says that a process has ended
 HEADS = ("attention", "key_value")
 
@@ -127,16 +128,21 @@ class Processes(NamedTuple):
             for rank in range(self.count if self.rank == 0 else 0):
                 while self._ask("check", [key := f"{rank} {taken[rank]}"]):
                     taken[rank] += 1
-                    result = json.loads(self._ask("get", key))
-                    self._ask("delete_key", key)
-                    yield result
+                    pieces = [f"{key} {n}" for n in range(int(self._ask("get", key)))]
+                    text = b"".join(self._ask("get", piece) for piece in pieces)
+                    for name in (key, *pieces):
+                        self._ask("delete_key", name)
+                    yield json.loads(text)
 
         if self.rank == 0:
             self._ask("delete_key", "given")  # of another time
         self.everyone(None)
         while not stopping() and (turn := self._ask("add", "given", 1)) <= len(items):
-            result = work(items[turn - 1])
-            self._ask("set", f"{self.rank} {next(mine)}", json.dumps(result))
+            text, key = json.dumps(work(items[turn - 1])), f"{self.rank} {next(mine)}"
+            starts = range(0, len(text), PIECE_BYTES)
+            for n, start in enumerate(starts):
+                self._ask("set", f"{key} {n}", text[start : start + PIECE_BYTES])
+            self._ask("set", key, str(len(starts)))  # all of it is there
             yield from finished()
         self._ask("add", "given", len(items))  # a stop is one for all
         with _together() as dist:

@@ -47,7 +47,7 @@ def work(item):
         os.kill(os.getpid(), 9)
     if how == "death" and here.rank == 0:
         here.store.wait(["dead"])
-    return {"rank": here.rank, "item": item}
+    return {"rank": here.rank, "item": item, "long": "x" * (9 * 2**20 if how == "uneven" and item else 0)}
 
 def stopping():
     return how == "stop" and here.rank == 1 and len(begun) == 2
@@ -56,7 +56,7 @@ for how in ("uneven", "stop", "death"):
     begun, results, lost = [], [], ""
     try:
         for result in here.hand_out(range(6), work, stopping):
-            results.append(result)
+            results.append(result | {"long": len(result["long"])})
     except processes.Lost as err:
         lost = str(err)
     print(json.dumps(["", begun, results, lost]), flush=True)
@@ -131,6 +131,8 @@ def handed_out():
 def test_who_is_free_gets_the_next_item_and_the_first_process_all_results(handed_out):
     (_, _, results, lost), *_ = handed_out[0]
     assert sorted(result["item"] for result in results) == list(range(6)) and not lost
+    # More than the store takes at once comes in pieces.
+    assert {result["long"] for result in results if result["item"]} == {9 * 2**20}
     (slow,) = (result["rank"] for result in results if result["item"] == 0)
     assert [result["item"] for result in results if result["rank"] == slow] == [0]
 

@@ -65,7 +65,8 @@ class Journal(AbstractContextManager):
     def __init__(self, path):
         self._handle = open(path, "ab")  # noqa: SIM115, closed in __exit__
         artifacts.lock(self._handle, f"a journal of its own needed, another run is writing {path}")
-        self._handle.truncate(self._handle.tell() - read_journal(path)[1])
+        # What was written until the lock was ours belongs to it.
+        self._handle.truncate(self._handle.seek(0, os.SEEK_END) - read_journal(path)[1])
         artifacts.sync(Path(path).parent)
 
     def append(self, document):

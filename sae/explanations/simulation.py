@@ -80,8 +80,8 @@ def parsed(explanation):
     """The Reads of an explanation; what it says in backticks is never taken for grammar."""
     code = iter(CODE.findall(explanation))
     plain = CODE.sub(HIDDEN, explanation)
-    reads = []
-    for part in filter(None, map(str.strip, plain.split(";"))):
+    reads, parts = [], list(filter(None, map(str.strip, plain.split(";"))))
+    for part in parts or [plain.strip()]:  # semicolons alone are what it speaks of
         side, what, neighbour = None, part, ""
         if found := BESIDE.fullmatch(part):
             side = next(name for name in SIDES if found[name])

@@ -9,7 +9,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from sae import InputError
+from sae import InputError, artifacts
 from sae.explanations.journal import ORIGIN, Journal, check_journal, read_journal
 
 DOCUMENTS = [{"dim": 3, "interpretation": "naïve\nline\u2028end", "score": 0.1}, {"dim": 1, "score": None}]
@@ -51,6 +51,20 @@ def test_a_torn_last_line_is_cut_off_once(path, tail):
         journal.append({"dim": 9})
     documents, torn = read_journal(path)
     assert (list(documents), torn) == ([3, 1, 9], 0)
+
+
+def test_a_line_that_came_before_the_lock_is_not_cut_off(path, monkeypatch):
+    lock = artifacts.lock
+
+    def last_moment(*words):
+        with open(path, "ab") as other:
+            other.write(b'{"dim": 7}\n{"dim"')
+        lock(*words)
+
+    monkeypatch.setattr(artifacts, "lock", last_moment)
+    with Journal(path) as journal:
+        journal.append({"dim": 9})
+    assert list(read_journal(path)[0]) == [3, 1, 7, 9]
 
 
 def test_every_cut_leaves_whole_documents(path):

@@ -28,6 +28,7 @@ def test_what_an_explanation_says_of_neighbours():
     assert read("the words of a comment") == [((), "in a line after", (("the token `#`", "the token `//`"),))]
     assert read("the token in a line after `#`") == [((), "in a line after", (("the token `#`",),))]
     assert read("words about files, such as open") == [(("words about files", "the word open"), None, ())]
+    assert read(";") == [(("the token `;`",), None, ())]
     # What stands in backticks is never taken for grammar.
     assert read("the token `after`") == [(("the word after",), None, ())]
     assert read("the token `; before`") == [(("the token `; before`",), None, ())]
