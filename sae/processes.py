@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -137,6 +138,8 @@ class Processes(NamedTuple):
         if self.rank == 0:
             self._ask("delete_key", "given")  # of another time
         self.everyone(None)
+        with _together() as dist:  # the usual half an hour is less than some items take
+            patient = dist.new_group(timeout=timedelta(days=999), backend="gloo")
         while not stopping() and (turn := self._ask("add", "given", 1)) <= len(items):
             text, key = json.dumps(work(items[turn - 1])), f"{self.rank} {next(mine)}"
             starts = range(0, len(text), PIECE_BYTES)
@@ -146,7 +149,7 @@ class Processes(NamedTuple):
             yield from finished()
         self._ask("add", "given", len(items))  # a stop is one for all
         with _together() as dist:
-            arrived = dist.all_reduce(torch.zeros(1), async_op=True)
+            arrived = dist.all_reduce(torch.zeros(1), group=patient, async_op=True)
         while not arrived.is_completed():  # or failed, where one has ended
             yield from finished()
             time.sleep(0.05)

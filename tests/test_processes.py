@@ -34,14 +34,18 @@ for name in sys.argv[1:]:
 
 HANDED_OUT = """
 import json, os, sys, time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from sae import processes
 here = processes.join(2)
 
 def work(item):
     begun.append(item)
-    if how == "uneven":  # the first item lasts until the others are done
+    if how == "uneven":  # the first item lasts until the others are done, and longer than a process waits
+        _set_pg_timeout(timedelta(seconds=1))
         while here.store.add("done", int(item > 0)) < 5 and item == 0:
             time.sleep(0.01)
+        time.sleep(2 * (item == 0))
     if how == "death" and here.rank == 1 and len(begun) == 3:
         here.store.set("dead", "")
         os.kill(os.getpid(), 9)
@@ -59,6 +63,7 @@ for how in ("uneven", "stop", "death"):
             results.append(result | {"long": len(result["long"])})
     except processes.Lost as err:
         lost = str(err)
+    _set_pg_timeout(timedelta(seconds=60))
     print(json.dumps(["", begun, results, lost]), flush=True)
 os._exit(2)
 """
