@@ -83,8 +83,11 @@ class Explainer:
             counted = {place: [("counted", hands.counted(one.shown))] for place, one in features.items()}
             self._judge(features, found, counted)
         self._judge(features, found, self._written(below(ENOUGH)))
-        said = {place: [(hand, text) for text, (hand, _) in found[place].items()] for place in below(FAINT)}
-        self._judge(features, found, said, lines=True)
+        if self.settings.simulation == "contrastive":  # others read the same a second time
+            faint = {
+                place: [(hand, text) for text, (hand, _) in found[place].items()] for place in below(FAINT)
+            }
+            self._judge(features, found, faint, lines=True)
         for place, feature in features.items():
             tried = [(Candidate(text, hand), score) for text, (hand, score) in found[place].items()]
             tried.sort(key=lambda pair: -2 if pair[1] is None else pair[1])

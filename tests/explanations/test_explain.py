@@ -128,6 +128,9 @@ def test_an_undefined_candidate_is_worse_than_any_that_is_judged():
     assert ("the word nowhere", [13, 14]) in lines.by_lines  # no candidate is known to be right by tokens
     assert document["interpretation"] == "the word y"
     assert [candidate["judged"] for candidate in document["candidates"]][1:] == [None, None]
+    one, _, read = explainer(odd._replace(judging=judging), simulation="expected")
+    one.group([0])
+    assert read.seen.count(("the word y", [13, 14])) == 1  # a way that reads lines at once reads them once
 
 
 def test_a_single_explanation_is_the_llms_and_needs_no_judge():
