@@ -84,7 +84,7 @@ class SharedBuffer(ShuffleBuffer):
     def __init__(self, chunks, batch_size, num_batches, capacity, seed, device, here, burst):
         super().__init__(chunks, batch_size, num_batches, capacity, seed)
         slots = self._block_batches(0) * batch_size
-        self._rows_device, self._here = device, here
+        self._rows_device, self._here = torch.device(device), here
         self._place_N = torch.full((slots,), -1)
         self._free_N = torch.arange(own_rows(slots, burst, here.count))  # the first `_free` of them are free
         self._free = len(self._free_N)
@@ -93,8 +93,8 @@ class SharedBuffer(ShuffleBuffer):
         """The rows in these slots: [n, D], at every process."""
         place_n = self._place_N[slots]
         own = (place_n >= 0).nonzero()[:, 0]
-        places, own_places = own.to(self._rows_device), place_n[own].to(self._rows_device)
-        return self._here.placed(self._rows_ND[own_places], places, len(slots))
+        own_nD = self._rows_ND[self._sent(place_n[own])]
+        return self._here.placed(own_nD, self._sent(own), len(slots))
 
     def _allocate(self, _size):
         width = self._chunk.shape[1]
@@ -112,7 +112,12 @@ class SharedBuffer(ShuffleBuffer):
         assert self._free >= 0, "own_rows is too few"
         place_N = self._free_N[self._free : self._free + len(slots_N)]
         self._place_N[slots_N] = place_N
-        self._rows_ND[place_N.to(self._rows_device)] = new_ND.to(self._rows_device)
+        self._rows_ND[self._sent(place_N)] = new_ND.to(self._rows_device)
+
+    def _sent(self, numbers):
+        """Where the rows are; to a GPU out of pinned memory, for it is waited for by any other copy."""
+        pinned = numbers.pin_memory() if self._rows_device.type == "cuda" else numbers
+        return pinned.to(self._rows_device, non_blocking=True)
 
 
 def own_rows(slots, burst, processes):

@@ -34,7 +34,7 @@ def torchs_adam(W_RD, grad_RD, mean_RD, square_RD, rate, step):
 
 
 def update_rows(adam, W_RD, grad_RD, mean_RD, square_RD, copy_RD, unit, *numbers):
-    """In place, but for the gradient (any float dtype). copy_RD: the weights as products take them.
+    """In place, but for the gradient (any float dtype). copy_RD: the weights as products take them, or None.
 
     unit: rows are of unit norm and stay so. adam, numbers: one of the two above and its last arguments.
     """
@@ -45,7 +45,8 @@ def update_rows(adam, W_RD, grad_RD, mean_RD, square_RD, copy_RD, unit, *numbers
     adam(W_RD, grad_RD, mean_RD, square_RD, *numbers)
     if unit:
         W_RD.div_(torch.linalg.vector_norm(W_RD, dim=1, keepdim=True))
-    copy_RD.copy_(W_RD)
+    if copy_RD is not None:
+        copy_RD.copy_(W_RD)
 
 
 @functools.cache
@@ -69,13 +70,16 @@ def adam_step(parameter, state, rate, batch, copy_FD=None, unit=False):
     if copy_FD is None:
         return torchs_adam(*parts, rate, state["step"])
     # Features are rows in memory, whatever the shape of a matrix says.
-    parts = *(part if part.is_contiguous() else part.T for part in parts), copy_FD
+    turned = parameter.stride() != copy_FD.stride()
+    parts = *(part.T if turned else part for part in parts), copy_FD
     rows_step, adam, numbers = update_rows, torchs_adam, (rate, state["step"])
     if parameter.is_cuda:
         rows_step, adam = compiled(), plain_adam
         numbers = rate / (1 - BETAS[0] ** (batch + 1)), (1 - BETAS[1] ** (batch + 1)) ** 0.5
         # Filled on the device: numbers of Python would be compiled in, and a copy would be waited for.
         numbers = [torch.full((), number, device=parameter.device) for number in numbers]
-    rows = max(1, BLOCK[parameter.device.type] // parts[0].shape[1])
-    for block in zip(*(part.split(rows) for part in parts), strict=True):
-        rows_step(adam, *block, unit, *numbers)
+    # In float32 the copy is the weights themselves: two names of one memory are what the compiler refuses.
+    same = copy_FD.data_ptr() == parameter.data_ptr()
+    rows = max(1, BLOCK[parameter.device.type] // copy_FD.shape[1])
+    for *block, copy_RD in zip(*(part.split(rows) for part in parts), strict=True):
+        rows_step(adam, *block, None if same else copy_RD, unit, *numbers)

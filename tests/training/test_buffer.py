@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from sae.processes import ALONE
 from sae.training.buffer import SharedBuffer, ShuffleBuffer, llm_batches
 
 
@@ -140,3 +141,16 @@ def test_a_process_holds_its_share_of_the_buffer():
     for one in shared(4, 30_000, 10_000, 64):
         next(one.batches())
         assert 10_000 <= len(one._rows_ND) < 11_000
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: not run with rows on one")
+def test_a_gpu_with_rows_of_its_own_is_not_waited_for():
+    chunks = [rows_ND.cuda() for rows_ND in stream(0, 500)]
+    buffer = SharedBuffer(chunks, 4, 60, 20, 5, "cuda:0", ALONE, 7)
+    wanted = [batch.tolist() for batch in ShuffleBuffer(stream(0, 500), 4, 60, 20, 5).batches()]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        got = list(buffer.batches())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [batch.tolist() for batch in got] == wanted

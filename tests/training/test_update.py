@@ -73,6 +73,31 @@ def test_gradients_in_the_dtype_of_the_products(architecture):
         torch.testing.assert_close(getattr(lean, name), getattr(kept, name), rtol=0, atol=tolerance, msg=name)
 
 
+@pytest.mark.parametrize("features", [1, 20])
+def test_products_in_float32_give_the_compiler_no_memory_twice(features, monkeypatch):
+    """There the copies are the weights: traced as on a GPU that multiplies float32, nothing is refused."""
+    trainers = []
+    for traced in (False, True):
+        trainer = Trainer(Autoencoder(6, features, rng=torch.Generator().manual_seed(0)), 1e-2, 0.3)
+        assert trainer._copies.W_dec_FD.data_ptr() == trainer.autoencoder.W_dec.data_ptr()
+        if traced:
+            torch._dynamo.reset()
+            plain = torch.compile(update.update_rows, backend="aot_eager")
+
+            def rows_step(_adam, *parts, plain=plain):
+                *parts, rate, step = parts
+                numbers = rate / (1 - 0.9**step), (1 - 0.999**step) ** 0.5
+                return plain(update.plain_adam, *parts, *numbers)
+
+            monkeypatch.setattr(update, "update_rows", rows_step)
+        with torch._dynamo.config.patch(suppress_errors=False):
+            for batch in range(2):
+                trainer.step(rows(64, batch))
+        trainers.append(trainer.autoencoder)
+    for name, want in trainers[0].state_dict().items():
+        torch.testing.assert_close(trainers[1].state_dict()[name], want, rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: what CUDA computes has not been run")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("architecture", ["relu", "jumprelu"])
