@@ -73,15 +73,16 @@ def settings(flags, num_batches, dict_vec_size):
     if flags["scale_dataset"] and flags["normalize_dataset"]:
         raise InputError("one of --scale_dataset and --normalize_dataset needed, got both")
     k = flags["k"] or (min(32, dict_vec_size) if topk else None)
-    if topk and k > dict_vec_size:
-        raise InputError(f"--k of at most {dict_vec_size} (the features) needed, got {k}")
+    target_l0 = flags["target_l0"] or (min(32.0, dict_vec_size) if name == "jumprelu" else None)
+    for flag, value in (("k", k), ("target_l0", target_l0)):
+        if value and value > dict_vec_size:
+            raise InputError(f"--{flag} of at most {dict_vec_size} (the features) needed, got {value}")
     defaults = {
         "lr_warmup_batches": 0 if name == "relu" else min(1000, num_batches // 20),
         "lr_decay_batches": 0 if name == "relu" else num_batches // 5,
         "scale_dataset": name != "relu" and not flags["normalize_dataset"],
     }
     given = {flag: value if flags[flag] is None else flags[flag] for flag, value in defaults.items()}
-    target_l0 = flags["target_l0"] or (32.0 if name == "jumprelu" else None)
     auxk = topk and not flags["neuron_resampling_method"]
     return given | {"num_batches": num_batches, "k": k, "target_l0": target_l0, "auxk": auxk}
 
@@ -148,7 +149,7 @@ def _largest(flat, count, floor, here):
 def first_threshold(ae, copies, x_ND, target_l0):
     """The threshold above which target_l0 features of a row fire, on average over a batch."""
     pre_NF = encode(ae, copies, x_ND).pre_NF
-    return _largest(pre_NF.view(-1), round(target_l0 * len(x_ND)), 0, ae.here).clamp(min=0)
+    return _largest(pre_NF.view(-1), max(1, round(target_l0 * len(x_ND))), 0, ae.here).clamp(min=0)
 
 
 def reconstruct(ae, copies, x_ND, f_NF):

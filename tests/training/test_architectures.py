@@ -146,10 +146,12 @@ def test_defaults_and_refusals_of_the_flags():
     assert not config_of("topk", 10, neuron_resampling_method="anthropic")["auxk"]
     assert not config_of("topk", 10, normalize_dataset=True)["scale_dataset"]
     assert config_of("jumprelu", 10)["target_l0"] == 32
+    assert steps.settings(FLAGS | {"architecture": "jumprelu"}, 10, 20)["target_l0"] == 20
     for more, words in [
         ({"architecture": "relu", "k": 3}, "--k needs --architecture topk or batchtopk, got relu"),
         ({"architecture": "topk", "target_l0": 3.0}, "--target_l0 needs --architecture jumprelu, got topk"),
         ({"architecture": "topk", "k": 257}, "--k of at most 256 .* got 257"),
+        ({"architecture": "jumprelu", "target_l0": 257.0}, "--target_l0 of at most 256 .* got 257"),
         ({"architecture": "relu", "scale_dataset": True, "normalize_dataset": True}, "got both"),
     ]:
         with pytest.raises(InputError, match=words):

@@ -93,3 +93,15 @@ def test_gradients_are_those_of_autograd(architecture, share, dead, monkeypatch)
     assert found.error_ND.square().sum(1).mean().item() == pytest.approx(error.item(), rel=1e-5)
     assert found.penalty.item() == pytest.approx(penalty.item(), rel=1e-5)
     assert torch.equal(found.fired_F, (f_NF > 0).sum(0))
+
+
+@pytest.mark.parametrize(("target_l0", "fired"), [(0.001, 1), (3.0, 192), (20, 1280)])
+def test_the_first_threshold_for_any_target(target_l0, fired):
+    """As many of the pre-activations of a batch lie at it or above it; never below 0."""
+    ae, x_ND = an_autoencoder("jumprelu"), rows(64)
+    with torch.no_grad():
+        ae.b_enc.add_(100)  # all would fire
+        copies = steps.copies(ae, torch.float32)
+        pre_NF = steps.encode(ae, copies, x_ND).pre_NF
+        threshold = steps.first_threshold(ae, copies, x_ND, target_l0)
+    assert (pre_NF >= threshold).sum() == fired
