@@ -8,15 +8,15 @@ command with --resume goes on to the same weights. On several GPUs, each with a 
     deepspeed --num_gpus 4 train_autoencoder_from_tokens.py 19 mlp_activations ... --num_gpus 4
 """
 
-import argparse
 import contextlib
 import sys
 import time
+from argparse import BooleanOptionalAction as YES_NO
 
 from sae import cli, processes
 
 ARCHITECTURES, REVIVALS = ("relu", "topk", "batchtopk", "jumprelu"), ("replacement", "anthropic")
-YES_NO = argparse.BooleanOptionalAction
+FIRE = "features that fire on a token; default: 32, or all features where they are fewer"
 HOOKPOINTS = {
     "attn_sublayer": "model.layers.{}.self_attn",
     "mlp_sublayer": "model.layers.{}.mlp",
@@ -45,8 +45,8 @@ def parse_args():
     add("--learning_rate", type=rate, nargs="+", default=1e-4, help="of Adam; several values: a sweep")
     add("--architecture", choices=ARCHITECTURES, default="relu", help="what keeps the features that fire few")
     add("--l1_coefficient", type=weight, nargs="+", default=1.0, help="weight of the penalty: relu, jumprelu")
-    add("--k", type=positive, nargs="+", help="topk, batchtopk: features that fire on a token; default: 32")
-    add("--target_l0", type=rate, nargs="+", help="jumprelu: features that fire on a token; default: 32")
+    add("--k", type=positive, nargs="+", help=f"topk, batchtopk: {FIRE}")
+    add("--target_l0", type=rate, nargs="+", help=f"jumprelu: {FIRE}")
     add("--lr_warmup_batches", type=count, help="learning rate up from 0; default: 5%%, 0 for relu")
     add("--lr_decay_batches", type=count, help="and down to 0 at the end; default: 20%%, 0 for relu")
     add("--l1_warmup_batches", type=count, default=0, help="l1_coefficient up from 0")

@@ -20,7 +20,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
 
 from sae import InputError
 from sae.autoencoder import largest, least
@@ -31,6 +30,7 @@ warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # for
 # A step is sparse below this share of entries that matter. The rule sees the batch alone, so a resumed run
 # takes the same turns. Nobody has measured it on a GPU yet: there every step is dense.
 SPARSE_BELOW = {("cpu", torch.float32): 0.05, ("cpu", torch.bfloat16): 0.01}
+READ_AT_ONCE = {"cpu"}  # devices whose numbers are there; of a GPU, all that is queued is waited for first
 BANDWIDTH = 0.1  # jumprelu: width of the kernel, in units of the root mean square of x - b_dec
 AUX = 1 / 32
 THRESHOLD_SHARE = 0.03  # batchtopk: of the newest batch in the running mean of the smallest value kept
@@ -53,6 +53,14 @@ class Encoded(NamedTuple):
 
     def features(self):
         return self.pre_NF * (self.pre_NF > self.cut)
+
+
+class Watched(NamedTuple):
+    """Features that may be dead."""
+
+    numbers_K: torch.Tensor
+    dead_K: torch.Tensor  # whether they are
+    count: int  # K of all processes
 
 
 class Found(NamedTuple):
@@ -127,29 +135,32 @@ def _cut(ae, pre_NF):
     if ae.architecture == "jumprelu":
         return ae.threshold
     if ae.architecture == "topk":
-        kept_NK = pre_NF.topk(min(ae.k, pre_NF.shape[1]), dim=1, sorted=False).values
-        smallest = least(kept_NK, ae.k, ae.here)
+        smallest = _largest(pre_NF, ae.k, ae.here)
     elif ae.architecture == "batchtopk":
-        smallest = _largest(pre_NF.view(-1), ae.k * len(pre_NF), ae.threshold[0] / 2, ae.here)
+        smallest = _largest_of_all(pre_NF, ae.k * len(pre_NF), ae.threshold[0] / 2, ae.here)
     else:
         return pre_NF.new_zeros(())
     return torch.nextafter(smallest, smallest.new_zeros(())).clamp_min_(0)
 
 
-def _largest(flat, count, floor, here):
-    """The `count`-th largest number of all processes; quick where enough of them lie above `floor`."""
-    above = flat[(flat > floor).nonzero()[:, 0]]
-    numbers = above if here.sum(len(above)) >= count else flat
-    if here.count > 1:
-        numbers = numbers.topk(min(count, len(numbers)), sorted=False).values
-        numbers = here.join(pad(numbers, (0, count - len(numbers)), value=-torch.inf))
-    return numbers.kthvalue(len(numbers) - count + 1).values
+def _largest(pre_NF, k, here):
+    """[N, 1]: the k-th largest number of each row, over the features of all processes."""
+    return least(pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False).values, k, here)
+
+
+def _largest_of_all(pre_NF, count, floor, here):
+    """[]: the `count`-th largest number of a batch; quick on a CPU where enough of them lie above `floor`."""
+    flat = pre_NF.view(-1)
+    if flat.device.type in READ_AT_ONCE:
+        above = flat[(flat > floor).nonzero()[:, 0]]
+        flat = above if here.sum(len(above)) >= count else flat
+    return _largest(flat[None], count, here)[0, 0]
 
 
 def first_threshold(ae, copies, x_ND, target_l0):
     """The threshold above which target_l0 features of a row fire, on average over a batch."""
     pre_NF = encode(ae, copies, x_ND).pre_NF
-    return _largest(pre_NF.view(-1), max(1, round(target_l0 * len(x_ND))), 0, ae.here).clamp(min=0)
+    return _largest_of_all(pre_NF, max(1, round(target_l0 * len(x_ND))), 0, ae.here).clamp(min=0)
 
 
 def reconstruct(ae, copies, x_ND, f_NF):
@@ -157,8 +168,8 @@ def reconstruct(ae, copies, x_ND, f_NF):
     return ae.here.total((f_NF @ copies.W_dec_FD).float()).add_(ae.b_dec).sub_(x_ND)
 
 
-def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=None):
-    """Fill `.grad` of all that is trained. weight: c of the penalty; dead_K: features that AuxK revives."""
+def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, watched=None):
+    """Fill `.grad` of all that is trained. weight: c of the penalty; watched: for AuxK (None: without it)."""
     encoded, width = encode(ae, copies, x_ND), 0
     pre_NF, edge = encoded.pre_NF, encoded.cut
     if ae.architecture == "jumprelu":
@@ -176,8 +187,8 @@ def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, dead_K=None):
         found = sparse(ae, x_ND, encoded, matters_NF, through)
     else:
         found = dense(ae, copies, x_ND, encoded, through)
-    if dead_K is not None and (dead := ae.here.sum(len(dead_K))):
-        aux = _auxk(ae, copies, encoded, found.error_ND, dead_K, dead)
+    if watched and watched.count:
+        aux = _auxk(ae, copies, encoded, found.error_ND, watched)
         found = found._replace(penalty=found.penalty + (ae.here.rank == 0) * aux)
     # b_dec is added to the reconstruction and taken from the input.
     ae.b_dec.grad.sub_(ae.here.total(ae.W_enc @ ae.b_enc.grad))
@@ -248,17 +259,17 @@ def sparse(ae, x_ND, encoded, matters_NF, through):
     return Found(error_ND, penalty, torch.bincount(feature_S[f_S > 0], minlength=width), encoded.cut)
 
 
-def _auxk(ae, copies, encoded, error_ND, dead_K, dead):
-    """The dead features that come nearest to firing are asked for what the others left (Gao et al.).
-
-    dead: how many there are in all processes.
-    """
-    W_dec_KD, pre_NK, most = copies.W_dec_FD[dead_K], encoded.pre_NF[:, dead_K], error_ND.shape[1] // 2
-    f_NK = largest(pre_NK, min(dead, most), ae.here if dead > most else ALONE)
+def _auxk(ae, copies, encoded, error_ND, watched):
+    """The dead features that come nearest to firing are asked for what the others left (Gao et al.)."""
+    numbers_K, most = watched.numbers_K, error_ND.shape[1] // 2
+    W_dec_KD, pre_NK = copies.W_dec_FD[numbers_K], encoded.pre_NF[:, numbers_K]
+    pre_NK = torch.where(watched.dead_K, pre_NK, 0)  # the others stay out of it as what is negative does
+    f_NK = largest(pre_NK, min(watched.count, most), ae.here if watched.count > most else ALONE)
     rest_ND = ae.here.total((f_NK @ W_dec_KD).float()).add_(error_ND)
     g_ND = (rest_ND * (2 * AUX / len(rest_ND))).to(f_NK.dtype)
     g_NK = torch.ops.aten.threshold_backward(g_ND @ W_dec_KD.T, f_NK, 0)
-    ae.W_dec.grad.index_add_(0, dead_K, (f_NK.T @ g_ND).to(ae.W_dec.grad.dtype))
-    ae.W_enc.grad.T.index_add_(0, dead_K, (g_NK.T @ encoded.centred_ND).to(ae.W_enc.grad.dtype))
-    ae.b_enc.grad.index_add_(0, dead_K, g_NK.sum(0, dtype=torch.float32))
-    return AUX * rest_ND.square().sum() / len(rest_ND)
+    ae.W_dec.grad.index_add_(0, numbers_K, (f_NK.T @ g_ND).to(ae.W_dec.grad.dtype))
+    ae.W_enc.grad.T.index_add_(0, numbers_K, (g_NK.T @ encoded.centred_ND).to(ae.W_enc.grad.dtype))
+    ae.b_enc.grad.index_add_(0, numbers_K, g_NK.sum(0, dtype=torch.float32))
+    some = ae.here.total(watched.dead_K.sum()) > 0  # as if nothing were asked for where none is dead
+    return some * AUX * rest_ND.square().sum() / len(rest_ND)

@@ -68,6 +68,7 @@ class Trainer:
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
         # Per batch since the last log line: [squared error, penalty, L0] per row; shares that add up.
         self.losses = []
+        self._watched = None
         self._refresh()
 
     @torch.no_grad()
@@ -78,9 +79,8 @@ class Trainer:
     def step(self, x_ND):
         """Train on one batch of LLM activations (any float dtype)."""
         ae, x_ND = self.autoencoder, self._inputs(x_ND)
-        dead_K = (self.silent_F >= AUX_WINDOW).nonzero()[:, 0] if self.auxk else None
         weight = self.l1_coefficient * self.schedule.penalty(self.batch)
-        found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, dead_K)
+        found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, self._watch())
         if ae.architecture == "batchtopk":
             # A running mean of the smallest value kept, at first over all batches.
             share = max(steps.THRESHOLD_SHARE, 1 / (self.batch + 1))
@@ -93,6 +93,20 @@ class Trainer:
         squared_error = (self.here.rank == 0) * found.error_ND.square().sum() / len(x_ND)
         self.losses.append(torch.stack([squared_error, found.penalty, found.fired_F.sum() / len(x_ND)]))
         self.batch += 1
+
+    def _watch(self):
+        """What AuxK has to know of dead features.
+
+        A GPU is asked with every line of the log alone: all that may be dead before the next are watched.
+        """
+        if not self.auxk:
+            return None
+        interval = 1 if self.silent_F.device.type in steps.READ_AT_ONCE else LOG_INTERVAL
+        if self._watched is None or self.batch % interval == 0:
+            numbers_K = (self.silent_F > AUX_WINDOW - interval).nonzero()[:, 0]
+            self._watched = numbers_K, self.here.sum(len(numbers_K))
+        numbers_K, count = self._watched
+        return steps.Watched(numbers_K, self.silent_F[numbers_K] >= AUX_WINDOW, count)
 
     @torch.no_grad()
     def update(self):
@@ -112,7 +126,8 @@ class Trainer:
         """Gradients whose norm over all processes' features is `most` at most."""
         ae, here = self.autoencoder, self.here
         grads = [one.grad for one in self.trained if here.rank == 0 or one is not ae.b_dec]
-        norm = torch.nn.utils.get_total_norm(grads)
+        # In float32 also where products are bfloat16: each of the norms would be rounded to 3 digits.
+        norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm()
         if here.count > 1:
             norm = here.total(norm.square()).sqrt()
         torch.nn.utils.clip_grads_with_norm_(self.trained, most, norm)
@@ -226,6 +241,7 @@ class Trainer:
             value = state[name]
             setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
         self.losses = list(state["losses"].to(device) * (self.here.rank == 0))
+        self._watched = None
         self._refresh()
 
     def _parts(self, part, state):

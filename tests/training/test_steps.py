@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sae.autoencoder import ARCHITECTURES, Autoencoder
+from sae.processes import ALONE
 from sae.training import steps
 
 WEIGHT, TARGET = 0.3, 3.0
@@ -72,16 +73,22 @@ def by_autograd(ae, x_ND, dead_K=()):
     return error_ND.square().sum(1).mean(), penalty, f_NF
 
 
-@pytest.mark.parametrize("dead", [[], [2, 5, 11, 17]])
+def of(dead_K, living=()):
+    """These features watched as dead ones, and others as living ones."""
+    numbers_K = torch.cat([dead_K, torch.tensor(living, dtype=torch.int64)])
+    return steps.Watched(numbers_K, torch.isin(numbers_K, dead_K), len(numbers_K))
+
+
+@pytest.mark.parametrize(("dead", "living"), [([], []), ([2, 5, 11, 17], []), ([2, 5, 11, 17], [0, 12, 19])])
 @pytest.mark.parametrize("share", [0, 2])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_are_those_of_autograd(architecture, share, dead, monkeypatch):
-    """Dense (share 0) and sparse (share 2: always) steps, with and without dead features to revive."""
+def test_gradients_are_those_of_autograd(architecture, share, dead, living, monkeypatch):
+    """Dense (share 0) and sparse steps (share 2), with dead features among those watched and without."""
     monkeypatch.setitem(steps.SPARSE_BELOW, ("cpu", torch.float32), share)
     ae, dead_K, x_ND = an_autoencoder(architecture), torch.tensor(dead, dtype=torch.int64), rows(32)
     twin = an_autoencoder(architecture).double()
     with torch.no_grad():
-        found = steps.gradients(ae, steps.copies(ae, torch.float32), x_ND, WEIGHT, TARGET, dead_K)
+        found = steps.gradients(ae, steps.copies(ae, torch.float32), x_ND, WEIGHT, TARGET, of(dead_K, living))
     error, penalty, f_NF = by_autograd(twin, x_ND.double(), dead_K)
     for parameter in twin.parameters():
         parameter.grad = None
@@ -93,6 +100,16 @@ def test_gradients_are_those_of_autograd(architecture, share, dead, monkeypatch)
     assert found.error_ND.square().sum(1).mean().item() == pytest.approx(error.item(), rel=1e-5)
     assert found.penalty.item() == pytest.approx(penalty.item(), rel=1e-5)
     assert torch.equal(found.fired_F, (f_NF > 0).sum(0))
+
+
+@pytest.mark.parametrize("read", [{"cpu"}, set()])
+def test_the_smallest_value_that_batchtopk_keeps_wherever_the_floor_is(read, monkeypatch):
+    """Above it lie all numbers, as many as are asked for, one less, or none; a GPU does not look at it."""
+    monkeypatch.setattr(steps, "READ_AT_ONCE", read)
+    pre_NF = rows(16, width=20)
+    sorted_S = pre_NF.flatten().sort(descending=True).values
+    for floor in (-100, sorted_S[40], sorted_S[39], 100):
+        assert steps._largest_of_all(pre_NF, 40, floor, ALONE) == sorted_S[39]
 
 
 @pytest.mark.parametrize(("target_l0", "fired"), [(0.001, 1), (3.0, 192), (20, 1280)])
