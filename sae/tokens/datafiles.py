@@ -143,13 +143,8 @@ def _arrow_rows(stream, columns):
     stream.seek(0)
     reader = pa.ipc.open_file(stream) if is_file else pa.ipc.open_stream(stream)
     batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
-
-    def pieces(columns):
-        for batch in batches:
-            for start in range(0, len(batch), ROWS_AT_ONCE):
-                yield batch.slice(start, ROWS_AT_ONCE).select(columns)
-
-    return _table_rows(reader.schema, columns, pieces)
+    pieces = (batch.slice(at, ROWS_AT_ONCE) for batch in batches for at in range(0, len(batch), ROWS_AT_ONCE))
+    return _table_rows(reader.schema, columns, lambda columns: (piece.select(columns) for piece in pieces))
 
 
 def _table_rows(schema, columns, batches):

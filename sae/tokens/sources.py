@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+from collections import deque
 from functools import cache
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +26,6 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 TEXT_FIELDS = ("content", "text", "code", "document", "body", "source")
 ROLES = {"human": "user", "gpt": "assistant"}  # in conversations of {"from", "value"}
 ROWS_LOOKED_AT = 1000  # to find the column of the text
-START = [0, 0, 0, 0]  # which file, its documents read, all read, all given to this process
 
 
 class Source(NamedTuple):
@@ -151,7 +151,8 @@ def _local_files(base, data_dir, split):
     path = base / (data_dir or "")
     if not path.exists():
         raise InputError(f"a folder or file needed at {path} (--dataset_name with --data_dir), there is none")
-    files, left_out = _walk(path)
+    left_out = []
+    files = list(_walk(str(path), set(), left_out))
     for link in left_out[:3]:
         print(f"a link is left out, it leads to nothing or to what is read anyway: {link}")
     if not files:
@@ -159,36 +160,25 @@ def _local_files(base, data_dir, split):
     reader = _data_reader(path, files)
     if reader:
         files = [f for f in files if READERS.get(kind(f)) is reader and f.name not in DESCRIPTIONS]
-        # Arrow files that `save_to_disk` does not list in its state.json are caches of that dataset.
-        saved = {
-            folder: _described(folder / "state.json", "_data_files") for folder in {f.parent for f in files}
-        }
-        saved = {folder: {each["filename"] for each in some} for folder, some in saved.items() if some}
-        files = _of_split(path, [f for f in files if f.name in saved.get(f.parent, {f.name})], split)
+        files = _of_split(path, [file for file in files if not _is_cache(file)], split)
     elif split != "train":
         raise InputError(f"source files have no splits, --split {split} came")
     return [str(file) for file in files], bool(reader)
 
 
-def _walk(path):
-    """(files, links left out): all that is not hidden, in order; what links lead to is read once."""
-    seen, files, left_out = set(), [], []
-
-    def visit(path):
-        real = os.path.realpath(path)
-        if real in seen or not os.path.exists(real):
-            left_out.append(path)
-            return
-        seen.add(real)
-        if os.path.isfile(real):
-            files.append(Path(path))
-        elif os.path.isdir(real):
-            for name in sorted(os.listdir(real)):
-                if not name.startswith(".") and name != "__pycache__":
-                    visit(f"{path}/{name}")
-
-    visit(str(path))
-    return files, left_out
+def _walk(path, seen, left_out):
+    """All files that are not hidden, in order; a link to nothing, or to what was `seen`, is `left_out`."""
+    real = os.path.realpath(path)
+    if real in seen or not os.path.exists(real):
+        left_out.append(path)
+        return
+    seen.add(real)
+    if os.path.isfile(real):
+        yield Path(path)
+    elif os.path.isdir(real):
+        for name in sorted(os.listdir(real)):
+            if not name.startswith(".") and name != "__pycache__":
+                yield from _walk(f"{path}/{name}", seen, left_out)
 
 
 def _data_reader(path, files):
@@ -213,6 +203,12 @@ def _described(path, key):
         return json.loads(path.read_text())[key]
     except (OSError, ValueError, TypeError, KeyError):
         return None
+
+
+def _is_cache(file):
+    """Arrow files that `save_to_disk` does not list in its state.json are caches of that dataset."""
+    listed = _described(file.parent / "state.json", "_data_files")
+    return bool(listed) and file.name not in {each["filename"] for each in listed}
 
 
 def _of_split(path, files, split):
@@ -257,37 +253,31 @@ def _hub_files(name, data_dir, dataset_config, split):
     return [str(file) for file in splits[split]]
 
 
-def read_documents(source, seed, process, processes, position):
-    """The documents that `process` of `processes` reads, from `position` (START: the beginning) on.
+def read_documents(opened, seed, process, processes, turns=None):
+    """What `process` of `processes` reads: a document of each source in turn, until all have ended.
 
-    Yields (position after it, text or Skipped). Shards are shuffled by `seed` and dealt out; where there are
-    fewer shards than processes, the documents themselves are dealt out.
+    Yields (turns after it, text or Skipped). `turns`: [which source, its files read, documents read of the
+    next file] of each source that has not ended, the one whose turn it is first; None: the beginning.
     """
-    first, index, seen, given = position
+    turns = deque(turns or ([n, 0, 0] for n in range(len(opened))))
+    streams = {n: _read_share(opened[n], seed, process, processes, *at) for n, *at in turns}
+    while turns:
+        n, *_at = turns.popleft()
+        after, text = next(streams[n], (None, None))
+        if after:
+            turns.append([n, *after])
+            yield list(turns), text
+
+
+def _read_share(source, seed, process, processes, files_read, index):
+    """The shards of a source, shuffled, are dealt out; where they are fewer than processes, its documents."""
     shards = random.Random(seed).sample(source.paths, len(source.paths))
-    deal = len(shards) < processes
-    shards = shards if deal else shards[process::processes]
-    for turn in range(first, len(shards)):
-        for text in islice(source.read(shards[turn]), index, None):
-            index, seen = index + 1, seen + 1
-            if not deal or (seen - 1) % processes == process:
-                given += 1
-                yield [turn, index, seen, given], text
+    whole = len(shards) >= processes
+    parts = [[path] for path in shards[process::processes]] if whole else [shards]
+    first, step = (0, 1) if whole else (process, processes)
+    for number in range(files_read, len(parts)):
+        texts = chain.from_iterable(map(source.read, parts[number]))
+        for text in islice(texts, first + index * step, None, step):
+            index += 1
+            yield (number, index), text
         index = 0
-
-
-def alternate(readers, positions):
-    """One document of each reader in turn, until all have ended: (positions after it, text or Skipped).
-
-    `readers` are functions position -> documents; `positions` is None at the beginning.
-    """
-    positions = positions or [START] * len(readers)
-    streams = {n: read(at) for n, (read, at) in enumerate(zip(readers, positions, strict=True))}
-    while streams:
-        turn = min(streams, key=lambda n: positions[n][-1])  # that has given the fewest
-        after, text = next(streams[turn], (None, None))
-        if after is None:
-            del streams[turn]
-        else:
-            positions = [*positions[:turn], after, *positions[turn + 1 :]]
-            yield positions, text

@@ -13,7 +13,6 @@ import signal
 import time
 from collections import Counter
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import islice
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -25,70 +24,64 @@ from sae import InputError, artifacts
 from sae.tokens import dataset, sources
 
 CONTEXTS_AT_ONCE = 128  # that a worker sends, and that are written in one batch
+LONG_ENOUGH, TOO_SHORT = "long enough", "too short"
 
 
 class State(NamedTuple):
-    """How far one worker is: `windows` contexts of the document at `position` are given already."""
+    """How far one worker is: all that it needs to go on from there. Replaced, never changed."""
 
-    position: list | None = None
-    documents: int = 0  # read to their ends
-    long_enough: int = 0
-    windows: int = 0
-    skipped: dict = {}  # noqa: RUF012  replaced, never changed
+    turns: list | None = None  # of the sources, see sources.read_documents
+    windows: int = 0  # contexts of the next document that are given already
+    outcomes: dict = {}  # noqa: RUF012  LONG_ENOUGH, TOO_SHORT or why skipped: how many documents before it
     ended: bool = False
 
 
 def find_contexts(tokenizer, documents, state, plan, process):
     """Each context as (ids [T], document number, State after it); at the end (None, None, the last State).
 
-    Document numbers are the reading order where process p reads the documents p, p + P, p + 2P ...
+    Document numbers are the reading order where process p reads the documents p, p + P, p + 2P ... Where a
+    file cannot be read on, the end is a text that says why.
     """
     import numpy as np
 
     bos = [plan["bos_token_id"]] if plan["add_bos"] else []
-    for after, text in documents:
-        if isinstance(text, sources.Skipped):
-            state = state._replace(skipped=Counter(state.skipped) + Counter([text.reason]))
-        else:
-            number = state.documents * plan["num_processes"] + process
-            windows = tokenizer.windows(text, plan["min_tokens"] - len(bos), plan["chunk_documents"])
-            for ids in islice(windows, state.windows, None):
-                state = state._replace(windows=state.windows + 1)
-                yield np.array(bos + ids, dtype=np.int32), number, state
-        long_enough = state.long_enough + (state.windows > 0)
-        state = State(after, state.documents + 1, long_enough, 0, state.skipped)
-    yield None, None, state._replace(ended=True)
+    try:
+        for turns, text in documents:
+            if isinstance(text, sources.Skipped):
+                outcome = text.reason
+            else:
+                number = sum(state.outcomes.values()) * plan["num_processes"] + process
+                windows = tokenizer.windows(text, plan["min_tokens"] - len(bos), plan["chunk_documents"])
+                for ids in islice(windows, state.windows, None):
+                    state = state._replace(windows=state.windows + 1)
+                    yield np.array(bos + ids, dtype=np.int32), number, state
+                outcome = LONG_ENOUGH if state.windows else TOO_SHORT
+            state = State(turns, 0, Counter(state.outcomes) + Counter([outcome]))
+        yield None, None, state._replace(ended=True)
+    except (InputError, OSError) as err:
+        yield str(err)
 
 
 def count(states):
-    """Of the documents looked at, also those that are being cut."""
-    begun = sum(state.windows > 0 for state in states)
-    skipped = sum((Counter(state.skipped) for state in states), Counter())
-    return {
-        "documents": sum(state.documents for state in states) + begun,
-        "documents_long_enough": sum(state.long_enough for state in states) + begun,
-        "documents_skipped": dict(sorted(skipped.items())),
-    }
+    """What came of the documents looked at; one that is being cut is long enough."""
+    outcomes = Counter(LONG_ENOUGH for state in states if state.windows)
+    for state in states:
+        outcomes.update(state.outcomes)
+    skipped = {outcome: outcomes[outcome] for outcome in sorted(outcomes.keys() - {LONG_ENOUGH, TOO_SHORT})}
+    counts = {"documents": outcomes.total(), "documents_long_enough": outcomes[LONG_ENOUGH]}
+    return counts | {"documents_skipped": skipped}
 
 
 def _work(connection, opened, tokenizer_json, plan, process, state):
-    """A worker process: sends its contexts in lists, at the end of the last one what went wrong."""
+    """A worker process: sends in lists what it finds."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from sae.tokens.exact import ExactTokenizer
 
-    which = plan["seed"], process, plan["num_processes"]
-    readers = [partial(sources.read_documents, source, *which) for source in opened]
-    documents, made = sources.alternate(readers, state.position), []
+    documents = sources.read_documents(opened, plan["seed"], process, plan["num_processes"], state.turns)
+    contexts = find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process)
     with suppress(BrokenPipeError):  # the run has ended
-        try:
-            for context in find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process):
-                made.append(context)
-                if len(made) == CONTEXTS_AT_ONCE:
-                    connection.send(made)
-                    made = []
-        except (InputError, OSError) as err:
-            made.append(str(err))
-        connection.send(made)
+        while found := list(islice(contexts, CONTEXTS_AT_ONCE)):
+            connection.send(found)
 
 
 def make_plan(flags, tokenizer_folder, bos_token_id):
@@ -220,7 +213,7 @@ def deal(streams, states, wanted, watch):
 
     while wanted and (at_work := [process for process, state in enumerate(states) if not state.ended]):
         share, more = divmod(min(wanted, CONTEXTS_AT_ONCE * len(at_work)), len(at_work))
-        for turn, process in enumerate(at_work if share else at_work[:more]):
+        for turn, process in enumerate(at_work):
             given = []
             while len(given) < share + (turn < more) and not states[process].ended:
                 *context, states[process] = next(streams[process])

@@ -223,7 +223,7 @@ def shards(tmp_path_factory, texts):
 
 def _documents(address):
     source = sources.open_source(address)
-    return [text for _at, text in sources.read_documents(source, 0, 0, 1, sources.START)]
+    return [text for _turns, text in sources.read_documents([source], 0, 0, 1)]
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ def open_source(name, **arguments):
 
 def deal(source, processes, seed=0):
     """What each process reads."""
-    one = lambda process: sources.read_documents(source, seed, process, processes, sources.START)  # noqa: E731
-    return [[text for _position, text in one(process)] for process in range(processes)]
+    one = lambda process: sources.read_documents([source], seed, process, processes)  # noqa: E731
+    return [[text for _turns, text in one(process)] for process in range(processes)]
 
 
 def read(name, **arguments):
@@ -97,26 +97,26 @@ def test_data_files_are_dealt_out(kind, shards):
 
 
 def test_reading_goes_on_from_every_position(shards, tree):
-    for source, processes in (
-        (open_source(shards / "parquet"), 2),
-        (open_source(shards / "jsonl"), 3),
-        (open_source(tree), 2),
+    for opened, processes in (
+        ([open_source(shards / "parquet")], 2),
+        ([open_source(shards / "jsonl")], 3),
+        ([open_source(shards / "parquet")], 7),
+        ([open_source(tree), open_source(shards / "csv"), open_source(shards / "arrow")], 2),
     ):
-        read_from = lambda at: sources.read_documents(source, 0, 1, processes, at)  # noqa: E731, B023
-        whole = list(read_from(sources.START))
-        for n, (position, _text) in enumerate(whole):
-            assert list(read_from(json.loads(json.dumps(position)))) == whole[n + 1 :]
+        whole = list(sources.read_documents(opened, 0, 1, processes))
+        for n, (turns, _text) in enumerate(whole):
+            going_on = sources.read_documents(opened, 0, 1, processes, json.loads(json.dumps(turns)))
+            assert list(going_on) == whole[n + 1 :]
 
 
-def test_several_readers_alternate_until_all_have_ended():
-    def reader(letter, count):
-        return lambda position: ([[0, 0, 0, n + 1], f"{letter}{n}"] for n in range(position[3], count))
-
-    readers = [reader("a", 2), reader("b", 0), reader("c", 4)]
-    whole = list(sources.alternate(readers, None))
-    assert [text for _position, text in whole] == ["a0", "c0", "a1", "c1", "c2", "c3"]
-    for n, (position, _text) in enumerate(whole):
-        assert list(sources.alternate(readers, position)) == whole[n + 1 :]
+def test_several_sources_alternate_until_all_have_ended(tmp_path):
+    for name, count in (("a", 2), ("c", 4)):
+        write_lines(tmp_path / f"{name}.jsonl", *({"text": f"{name} {n}"} for n in range(count)))
+    write_lines(tmp_path / "b" / "empty.py", "")
+    opened = [open_source(tmp_path / name) for name in ("a.jsonl", "b", "c.jsonl")]
+    opened[1] = opened[1]._replace(paths=[])
+    texts = [text for _turns, text in sources.read_documents(opened, 0, 0, 1)]
+    assert texts == ["a 0", "c 0", "a 1", "c 1", "c 2", "c 3"]
 
 
 # which column
