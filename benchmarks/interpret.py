@@ -81,6 +81,7 @@ def memory_of_a_share(name, dtype):
     import torch.distributed.tensor  # noqa: F401, in the baseline, as all code is
 
     from sae import models, processes
+    from sae.explanations import prompts
     from sae.explanations.interpreter import Interpreter
 
     def held():
@@ -98,7 +99,7 @@ def memory_of_a_share(name, dtype):
     watcher = threading.Thread(target=watch)
     watcher.start()
     interpreter = Interpreter(processes.load_model(here, name, dtype, "tensor"), tokenizer)
-    interpreter.next_token(["import os, sys\n" * 50])
+    interpreter.next_token(["import os, sys\n" * 50], prompts.explain_messages)
     here.everyone(None)  # nobody lets go before all have looked
     most[0] = max(most[0], held())
     read.set()

@@ -29,11 +29,6 @@ COMMON = {
 SPELT = {"\\n": "new lines", "\\t": "tabs", "space": "spaces"}
 
 
-class Candidate(NamedTuple):
-    interpretation: str
-    explained_by: str  # counted, text or lines
-
-
 class Part(NamedTuple):
     """Tokens as `typed`: those of text `token` (None: any), where a side is given beside a neighbour."""
 

@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 from sae.explanations import candidates as hands
 from sae.explanations import prompts, scoring
-from sae.explanations.candidates import Candidate
 from sae.explanations.evidence import fired_on
 
 # Scores on the judging contexts: from the first on counting leaves nothing to be asked, and it is below the
 # second that lines, which are long, judge what token readings do not see.
 ENOUGH, FAINT = 0.8, 0.1
+RULES = 2  # to be raised where the same settings come to make other documents: one journal holds one kind
 MOST_CONTROLS = 20  # other features among which one looks for its control
 
 
@@ -32,14 +32,15 @@ class Settings(NamedTuple):
 
     def words(self, **more):
         """In words, for the journal: `simulation` is a field of its own there, batches decide nothing."""
-        said = self._asdict() | more
+        said = {"rules": RULES} | self._asdict() | more
         return " ".join(f"{name}={said[name]}" for name in said if name not in ("simulation", "batch_size"))
 
 
 class Explained(NamedTuple):
     feature: object  # evidence.Feature
-    kept: Candidate  # "" by nobody where there was none
-    tried: list  # what the document says of all candidates
+    interpretation: str  # "" by None where there was no sentence
+    explained_by: str | None
+    candidates: list  # what the document says of every sentence, the best first
 
 
 class Explainer:
@@ -74,37 +75,32 @@ class Explainer:
         found = {place: {} for place in features}  # sentence -> hand, score on the judging contexts
 
         def below(least):
-            known = {
-                place for place, said in found.items() if any((s or 0) >= least for _, s in said.values())
-            }
-            return {place: feature for place, feature in features.items() if place not in known}
+            return [p for p in features if all((score or 0) < least for _, score in found[p].values())]
 
         if "counted" in hands.HANDS[: self.settings.num_explanations]:
-            counted = {place: [("counted", hands.counted(one.shown))] for place, one in features.items()}
-            self._judge(features, found, counted)
-        self._judge(features, found, self._written(below(ENOUGH)))
+            counts = [(place, "counted", hands.counted(one.shown)) for place, one in features.items()]
+            self._judge(features, found, counts)
+        self._judge(features, found, self._written({place: features[place] for place in below(ENOUGH)}))
         if self.settings.simulation == "contrastive":  # others read the same a second time
-            faint = {
-                place: [(hand, text) for text, (hand, _) in found[place].items()] for place in below(FAINT)
-            }
+            faint = [(p, hand, text) for p in below(FAINT) for text, (hand, _) in found[p].items()]
             self._judge(features, found, faint, lines=True)
         for place, feature in features.items():
-            tried = [(Candidate(text, hand), score) for text, (hand, score) in found[place].items()]
-            tried.sort(key=lambda pair: -2 if pair[1] is None else pair[1])
-            said = [one._asdict() | {"judged": score} for one, score in reversed(tried)]
-            self._explained[place] = Explained(feature, tried[-1][0] if tried else Candidate("", None), said)
+            said = [
+                {"interpretation": text, "explained_by": hand, "judged": score}
+                for text, (hand, score) in reversed(found[place].items())
+            ]
+            said.sort(key=lambda one: -2 if one["judged"] is None else one["judged"], reverse=True)
+            best = said[0] if said else {"interpretation": "", "explained_by": None}
+            self._explained[place] = Explained(feature, best["interpretation"], best["explained_by"], said)
             self._progress("explained")
 
     def _written(self, features):
-        """{place: [(hand, sentence)]} of what the LLM writes about each."""
-        asked = [
-            (hand, place, question)
-            for place, feature in features.items()
-            for hand, question in hands.questions(feature, self.settings.num_explanations, self.settings.seed)
-        ]
-        written = {place: [] for place in features}
+        """[(place, hand, sentence)]: what the LLM writes about each."""
+        count, seed = self.settings.num_explanations, self.settings.seed
+        asked = [(place, *one) for place, f in features.items() for one in hands.questions(f, count, seed)]
+        written = []
         for name, messages in (("text", prompts.excerpt_messages), ("lines", prompts.explain_messages)):
-            mine = [(place, question) for hand, place, question in asked if hand == name]
+            mine = [(place, question) for place, hand, question in asked if hand == name]
             if not mine:
                 continue
             sentences = self._interpreter.explanations(
@@ -114,7 +110,7 @@ class Explainer:
                 progress=lambda count: self._progress("written", count),
             )
             for (place, _), text in zip(mine, sentences, strict=True):
-                written[place].append((name, hands.cleaned(text, fired_on(features[place].shown))))
+                written.append((place, name, hands.cleaned(text, fired_on(features[place].shown))))
         return written
 
     def _judge(self, features, found, written, lines=False):
@@ -122,10 +118,9 @@ class Explainer:
 
         `lines`: judge again, and by lines too where the simulation does so.
         """
-        new = [(place, hand, text) for place, said in written.items() for hand, text in said if text]
-        self._simulate.read([text for *_, text in new])
-        for place, hand, text in new:
-            if lines or text not in found[place]:
+        self._simulate.read([text for *_, text in written if text])
+        for place, hand, text in written:
+            if text and (lines or text not in found[place]):
                 score, contexts = None, features[place].judging
                 if contexts and self.settings.num_explanations > 1:
                     values_CT = self._simulate(text, contexts, lines)
@@ -134,48 +129,43 @@ class Explainer:
 
     def _control(self, place):
         """The Explained of a feature whose explanation has no word in common with this one's, or None."""
-        own = hands.meaning(self._explained[place].kept.interpretation)
+        own = hands.meaning(self._explained[place].interpretation)
         for other in self.plan.others(place)[:MOST_CONTROLS]:
             self.explain([other])
-            said = hands.meaning(self._explained[other].kept.interpretation)
+            said = hands.meaning(self._explained[other].interpretation)
             if said and not said & own and other != place:
                 return self._explained[other]
         return None
 
     def _document(self, place):
-        feature, kept, tried = self._explained[place]
+        feature, sentence, hand, candidates = self._explained[place]
         seed, contexts = self.settings.seed + feature.dim, feature.scored
         result = {
             "dim": feature.dim, "tokens": fired_on(contexts),
-            "interpretation": kept.interpretation, "explained_by": kept.explained_by, "candidates": tried,
+            "interpretation": sentence, "explained_by": hand, "candidates": candidates,
             "log10_frequency": round(feature.log10_frequency, 4),
             "max_activation": round(feature.max_activation, 4),
             "shown": [context.document() for context in feature.shown],
             "scored": [context.document() for context in contexts],
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         } | self.plan.effects(place)  # fmt: skip
-        if reason := _no_score(feature, kept):
+        if not sentence or not contexts:
+            reason = "no explanation: there was no context to show where it fires, or no reply"
+            if sentence:
+                reason = "no context to score on: all are from documents the explanation saw"
             fields = ("score", "control", "counting")
             reasons = dict.fromkeys((f"{field}_reason" for field in fields), reason)
             return result | dict.fromkeys((*fields, "interval", "control_dim")) | reasons
-        simulation_CT = self._simulate(kept.interpretation, contexts)
+        simulation_CT = self._simulate(sentence, contexts)
         result |= scoring.scored(simulation_CT, contexts, seed)
         result["simulated"] = [[round(value, 3) for value in row] for row in simulation_CT.tolist()]
         result |= scoring.compared("counting", scoring.looked_up(feature.shown, contexts), contexts)
         reason = f"none of {MOST_CONTROLS} other features has an explanation of other words"
         result |= {"control": None, "control_dim": None, "control_reason": reason}
         if control := self._control(place):
-            other_CT = self._simulate(control.kept.interpretation, contexts)
+            other_CT = self._simulate(control.interpretation, contexts)
             result |= scoring.compared("control", other_CT, contexts)
             result["control_dim"] = control.feature.dim
         if self.settings.scores == "all":
-            result |= scoring.yes_no(feature, kept.interpretation, self._simulate.yes, seed)
+            result |= scoring.yes_no(feature, sentence, self._simulate.yes, seed)
         return result
-
-
-def _no_score(feature, kept):
-    if not kept.interpretation:
-        return "no explanation: there was no context to show where it fires, or no reply"
-    if not feature.scored:
-        return "no context to score on: all are from documents the explanation saw"
-    return None

@@ -6,8 +6,6 @@ Between the beginning that texts share and a text there is never filling, and no
 model's attention would count: what is read in a text does not depend on the texts beside it.
 """
 
-import copy
-import functools
 import inspect
 import re
 from typing import NamedTuple
@@ -22,28 +20,10 @@ MOST_PREFIXES = 8  # whose keys and values are kept
 
 
 class Prefix(NamedTuple):
-    """Ids that many texts begin with; their keys and values, computed once, where the model has such."""
+    """Ids that many texts begin with; each layer's keys and values, computed once, if the model has such."""
 
     ids: list[int]
-    cache: object
-
-    def shared(self, times, grows):
-        """The cache for `times` texts, not copied: what a forward pass adds does not reach this prefix.
-
-        Where it need not grow, a copy for each text is there in one layer at a time, while that one attends.
-        """
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in cache.layers]
-        for layer in cache.layers:
-            layer.keys, layer.values = (kv.expand(times, -1, -1, -1) for kv in (layer.keys, layer.values))
-            if not grows:
-                layer.update = functools.partial(_joined, layer)
-        return cache
-
-
-def _joined(layer, keys, values, *_ignored, **_too):
-    """What a layer attends to, in place of its `update` that would keep it."""
-    return torch.cat([layer.keys, keys], -2), torch.cat([layer.values, values], -2)
+    layers: list | None
 
 
 class Interpreter:
@@ -61,8 +41,11 @@ class Interpreter:
         self.digit_ids = digit_ids(tokenizer)
         self.end_ids = _end_ids(model, tokenizer)
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        self._cached, self._alone = _keeps_keys_and_values(model), _rotates_by_length(model.config)
+        self._alone = _rotates_by_length(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        # In Bloom and MPT distances alone matter (ALiBi).
+        placed = self._takes_positions or model.config.model_type in ("bloom", "mpt")
+        self._cached = placed and not self._alone and _keeps_keys_and_values(model)
         # SentencePiece puts a space before whatever it is given: not so where a text goes on.
         self._before = "\n" if tokenizer.tokenize("a")[0][0] in "▁Ġ" else ""
         self._prefixes, self.tokens_read = {}, 0
@@ -79,38 +62,33 @@ class Interpreter:
         """The Prefix of `text`, or of the Prefix `after` followed by `text`."""
         from transformers import DynamicCache
 
-        ids = self.encode(text, "" if after is None else self._before)[0]
-        if not self._cached:
-            return Prefix((after.ids if after else []) + ids, None)
-        # Without the config it keeps all keys: a window's would be cut to those that the last token sees.
-        before = after or Prefix([], DynamicCache())
-        return Prefix(before.ids + ids, self._read([ids], [[0]], before, grows=True)[1])
+        before, layers = after or Prefix([], None), None
+        ids = self.encode(text, self._before if after else "")[0]
+        if self._cached:
+            # Without the config it keeps all keys: a window's would be cut to those that the last token sees.
+            cache = DynamicCache(before.layers)
+            self._logits(torch.tensor([ids]), torch.tensor([[0]]), cache)
+            layers = [(layer.keys, layer.values) for layer in cache.layers]
+        return Prefix(before.ids + ids, layers)
 
-    def explanations(
-        self, questions, max_new_tokens=60, messages_about=prompts.explain_messages, begin=prompts.REPLY,
-        batch_size=16, progress=None,
-    ):  # fmt: skip
-        """One sentence for each question, written greedily after `begin`: [str].
+    def explanations(self, questions, max_new_tokens=60, messages_about=None, batch_size=16, progress=None):
+        """One sentence for each question, written greedily after the words that begin every reply: [str].
 
-        `messages_about(question)`: chat messages that end with the question. `progress(n)` is called whenever
-        n more have been written.
+        `messages_about(question)`: chat messages that end with the question, by default one about lines.
+        `progress(n)` is called whenever n more have been written.
         """
-        prefix, tail = self._chat_prefix(messages_about)
-        # The model goes on after the words that begin every reply, so it cannot begin with pleasantries.
-        rows = [self.encode(self.plain(question) + tail + begin, self._before)[0] for question in questions]
-        texts = []
-        for start in range(0, len(rows), batch_size := 1 if self._alone else batch_size):
-            texts += self._write(prefix, rows[start : start + batch_size], max_new_tokens, progress)
+        texts, messages_about = [], messages_about or prompts.explain_messages
+        for prefix, rows in self._batches(questions, messages_about, prompts.REPLY, batch_size):
+            texts += self._write(prefix, rows, max_new_tokens, progress)
         return texts
 
     @torch.inference_mode()
     def _write(self, prefix, rows, max_new_tokens, progress):
         """The sentences that go on from `rows` of ids after `prefix`; a row leaves the batch as it ends."""
         texts, replies, alive = [""] * len(rows), [[] for _ in rows], list(range(len(rows)))
-        logits_B1V, cache = self._read(rows, [[len(ids) - 1] for ids in rows], prefix, grows=True)
-        fill_B = max(map(len, rows)) - torch.tensor([len(ids) for ids in rows])
+        logits_B1V, cache = self._read(rows, prefix, grows=True)
         if cache is not None:
-            _to_the_front(cache, fill_B)
+            cache.fill(max(map(len, rows)) - torch.tensor([len(ids) for ids in rows]))
         while True:
             keep = []
             for place, id in enumerate(logits_B1V[:, 0].argmax(-1).tolist()):
@@ -126,14 +104,12 @@ class Interpreter:
             if not alive:
                 return texts
             if cache is None:
-                going_on = [rows[row] + replies[row] for row in alive]
-                logits_B1V, _ = self._read(going_on, [[len(ids) - 1] for ids in going_on], prefix)
+                logits_B1V, _ = self._read([rows[row] + replies[row] for row in alive], prefix)
                 continue
-            if len(keep) < len(fill_B):
-                cache.batch_select_indices(torch.tensor(keep, device=self.device))
-                fill_B = fill_B[keep]
-            ids_B1, at_B1 = torch.tensor([replies[row][-1:] for row in alive]), torch.zeros(len(alive), 1)
-            logits_B1V = self._logits(ids_B1, at_B1.long(), cache, fill_B)
+            if len(keep) < len(cache.fill_B):
+                cache.select(keep)
+            ids_B1 = torch.tensor([replies[row][-1:] for row in alive])
+            logits_B1V = self._logits(ids_B1, torch.zeros_like(ids_B1), cache)
 
     @torch.inference_mode()
     def readings(self, explanation, contexts, batch_size, progress=None):
@@ -144,40 +120,35 @@ class Interpreter:
         """
         head, tail = self._chat_prefix(prompts.simulate_messages)
         prefix = self.prefix(self.plain(explanation) + tail, head)
-        parts, batch_size = [], 1 if self._alone else batch_size
+        parts = []
         for start in range(0, len(contexts), batch_size):
             rows, at = zip(*map(self._lines, contexts[start : start + batch_size]), strict=True)
-            logits_BTV, _ = self._read(rows, at, prefix)
+            logits_BTV, _ = self._read(rows, prefix, at)
             parts.append(_log_p(logits_BTV[..., self.digit_ids]))
             if progress:
                 progress(len(rows))
         return torch.cat(parts)
 
     @torch.inference_mode()
-    def next_token(self, texts, batch_size=16, progress=None, messages_about=None, begin=""):
-        """log p of what comes next after each text (as `chat` makes them): [B, V] float32, cpu.
+    def next_token(self, questions, messages_about, begin="", batch_size=16, progress=None):
+        """log p of what comes next in a reply that begins with `begin`: [B, V] float32, cpu.
 
-        With `messages_about` after the reply's `begin`, in chats that end with the texts.
+        `messages_about(question)`: chat messages that end with the question.
         """
-        prefix, rows, parts = None, [self.encode(text)[0] for text in texts if not messages_about], []
-        if messages_about:
-            prefix, tail = self._chat_prefix(messages_about)
-            rows = [self.encode(self.plain(text) + tail + begin, self._before)[0] for text in texts]
-        for start in range(0, len(rows), batch_size := 1 if self._alone else batch_size):
-            batch = rows[start : start + batch_size]
-            logits_B1V, _ = self._read(batch, [[len(ids) - 1] for ids in batch], prefix)
-            parts.append(_log_p(logits_B1V[:, 0]))
+        parts = []
+        for prefix, rows in self._batches(questions, messages_about, begin, batch_size):
+            parts.append(_log_p(self._read(rows, prefix)[0][:, 0]))
             if progress:
-                progress(len(batch))
+                progress(len(rows))
         return torch.cat(parts)
 
-    def yes(self, texts, batch_size=16, progress=None, messages_about=None):
+    def yes(self, questions, messages_about, batch_size=16, progress=None):
         """Log odds of yes over no as a reply's beginning, read as `next_token` does: [B] float32, cpu."""
         odds = []
         for word in ("yes", "no"):
             spelt = (space + form for space in ("", " ") for form in (word, word.title(), word.upper()))
             odds.append(sorted({self.encode(each, self._before)[0][0] for each in spelt}))
-        log_p_BV = self.next_token(texts, batch_size, progress, messages_about)
+        log_p_BV = self.next_token(questions, messages_about, "", batch_size, progress)
         return log_p_BV[:, odds[0]].logsumexp(-1) - log_p_BV[:, odds[1]].logsumexp(-1)
 
     def encode(self, text, before=""):
@@ -192,6 +163,13 @@ class Interpreter:
                     spans.append((at + start - skip, at + end - skip))
             at, before = at + len(piece), self._before
         return ids, spans
+
+    def _batches(self, questions, messages_about, begin, batch_size):
+        """(Prefix, rows of ids after it) of chats that end with the questions and the `begin` of a reply."""
+        prefix, tail = self._chat_prefix(messages_about)
+        for start in range(0, len(questions), batch_size):
+            texts = [self.plain(each) + tail + begin for each in questions[start : start + batch_size]]
+            yield prefix, [self.encode(text, self._before)[0] for text in texts]
 
     def _chat_prefix(self, messages_about):
         """(Prefix of what comes before the question, the text after it) of such chats."""
@@ -215,26 +193,29 @@ class Interpreter:
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
         return ids, [starts[place] - 1 for place in ends]
 
-    def _read(self, rows, at, prefix=None, grows=False):
-        """Logits [B, T, V] at the places `at` of rows of ids that follow `prefix`; and the cache.
+    def _read(self, rows, prefix, at=None, grows=False):
+        """Logits [B, T, V] at the places `at` (the last) of rows of ids that follow `prefix`; and the cache.
 
         Of what it read the cache holds something only where it `grows`.
         """
+        from sae.explanations.sharing import Shared
+
+        at = at or [[len(ids) - 1] for ids in rows]
+        if self._alone and len(rows) > 1:
+            each = zip(rows, at, strict=True)
+            return torch.cat([self._read([ids], prefix, [places])[0] for ids, places in each]), None
         cache, skip = None, 0
-        if prefix and prefix.cache is not None:
-            cache = prefix.shared(len(rows), grows) if prefix.ids else prefix.cache
-        elif prefix:
+        if prefix.layers:
+            cache = Shared(prefix.layers, grows)
+        else:
             rows, skip = [prefix.ids + ids for ids in rows], len(prefix.ids)
         length = max(map(len, rows))
         # Filling stands behind a text, where a causal model does not see it.
         ids_BL = torch.tensor([ids + [0] * (length - len(ids)) for ids in rows])
         return self._logits(ids_BL, torch.tensor(at) + skip, cache), cache
 
-    def _logits(self, ids_BL, at_BT, cache=None, fill_B=None):
-        """Logits at the positions `at_BT` alone; `cache` grows by the L tokens.
-
-        `fill_B`: how many places at the front of each row of the cache are filling.
-        """
+    def _logits(self, ids_BL, at_BT, cache=None):
+        """Logits at the positions `at_BT` alone, of tokens after those of the `cache`."""
         length = (0 if cache is None else cache.get_seq_length()) + ids_BL.shape[1]
         if self.positions and length > self.positions:
             raise InputError(
@@ -242,8 +223,8 @@ class Interpreter:
                 "--num_interpretation_samples or shorter contexts may fit"
             )
         inputs = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
-        if fill_B is not None:
-            seen_BS = (torch.arange(length) >= fill_B[:, None]).long().to(self.device)
+        if (fill_B := getattr(cache, "fill_B", None)) is not None:
+            seen_BS = (torch.arange(length, device=self.device) >= fill_B[:, None]).long()
             inputs["attention_mask"] = seen_BS
             if self._takes_positions:
                 inputs["position_ids"] = (seen_BS.cumsum(1) - 1)[:, -ids_BL.shape[1] :]
@@ -260,16 +241,6 @@ class Interpreter:
             handle.remove()
 
 
-def _to_the_front(cache, fill_B):
-    """Move each row's filling from behind its text to the front: what is added then follows the text."""
-    for layer in cache.layers:
-        place_S = torch.arange(layer.keys.shape[2], device=layer.keys.device)
-        from_BS = (place_S - fill_B.to(place_S)[:, None]) % len(place_S)
-        layer.keys, layer.values = (
-            kv.gather(2, from_BS[:, None, :, None].expand_as(kv)) for kv in (layer.keys, layer.values)
-        )
-
-
 def _log_p(logits):
     log_p = logits.float().log_softmax(-1).cpu()
     if not log_p.isfinite().all():
@@ -281,9 +252,7 @@ def _keeps_keys_and_values(model):
     """Whether all that later tokens need of earlier ones is keys and values, one of each for every token."""
     from transformers import DynamicCache
 
-    places_known = "position_ids" in inspect.signature(model.forward).parameters
-    places_known |= model.config.model_type in ("bloom", "mpt")  # distances alone matter there (ALiBi)
-    if getattr(model, "_is_stateful", False) or not places_known or _rotates_by_length(model.config):
+    if getattr(model, "_is_stateful", False):
         return False
     cache = DynamicCache()
     try:

@@ -167,7 +167,7 @@ class Simulator:
     def yes(self, explanation, question, texts):
         """Log odds that the answer to a question about each text begins with yes, [texts]."""
         messages = prompts.yes_messages(self.interpreter.plain(explanation), question)
-        return self.interpreter.yes(texts, self._batch_size, self._progress, messages)
+        return self.interpreter.yes(texts, messages, self._batch_size, self._progress)
 
     def by_lines(self, explanation, contexts):
         """Digits after each token of a context, against those under the neutral explanation."""
@@ -244,7 +244,7 @@ class Simulator:
         """Of each question that asks for a token, log p [phrases, V] of what comes next."""
         return [
             self.interpreter.next_token(
-                phrases, self._batch_size, self._progress, prompts.token_messages(shots), prompts.TOKEN_REPLY
+                phrases, prompts.token_messages(shots), prompts.TOKEN_REPLY, self._batch_size, self._progress
             )
             for shots in prompts.TOKEN_SHOTS
         ]

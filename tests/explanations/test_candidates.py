@@ -5,7 +5,7 @@ import re
 import torch
 
 from sae.explanations import candidates, prompts
-from sae.explanations.candidates import Candidate, Part, Tokens, cleaned, count, counted, meaning
+from sae.explanations.candidates import Part, Tokens, cleaned, count, counted, meaning
 from sae.explanations.evidence import Context, Feature
 
 
@@ -163,8 +163,3 @@ def test_activations_are_scaled_by_the_features_maximum_not_by_the_contexts():
     weak = one._replace(max_activation=100.0)
     ((_, text),) = [question for question in candidates.questions(weak, 3, 0) if question[0] == "lines"]
     assert "·w0\t1\n" in text
-
-
-def test_a_candidate_says_who_made_it():
-    assert Candidate("new lines", "counted")._asdict() == {
-        "interpretation": "new lines", "explained_by": "counted"}  # fmt: skip

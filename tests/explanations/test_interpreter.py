@@ -52,22 +52,24 @@ def test_explanations_of_a_batch_are_those_of_generate_one_by_one(interpreter):
 def test_a_prefix_is_not_copied_for_its_texts_and_a_text_leaves_the_batch_as_it_ends(
     interpreter, monkeypatch
 ):
-    prefix = interpreter.prefix("what all texts begin with")
+    prefix, texts = interpreter.prefix("what all texts begin with"), [[5, 6], [7], [8, 9, 10]]
     with torch.inference_mode():
-        _, read = interpreter._read([[5, 6]] * 5, [[1]] * 5, prefix)  # and not what comes behind it, either
-    for own, layer in zip(prefix.cache.layers, read.layers, strict=True):
-        assert len(layer.keys) == 5 and len(own.keys) == 1
-        for mine, theirs in ((layer.keys, own.keys), (layer.values, own.values)):
-            assert mine.untyped_storage().data_ptr() == theirs.untyped_storage().data_ptr()
-    rows, original = [], interpreter._logits
-    ends = iter([False, True, False, True, False, True])  # the second at once, then the first, then the third
-    monkeypatch.setattr(prompts, "sentence", lambda reply: (reply, next(ends)))
+        _, read = interpreter._read(texts, prefix)
+        _, written = interpreter._read(texts, prefix, grows=True)
+    assert read.layers == []  # nothing is kept of what was only read
+    assert [layer.keys.shape[:3] for layer in written.layers] == [(3, 2, 3)] * 2  # texts, heads, own tokens
+    replies, passes, original = [], [], interpreter._logits
     monkeypatch.setattr(interpreter, "end_ids", set())
+    monkeypatch.setattr(prompts, "sentence", lambda reply: (replies.append(reply) or reply, False))
+    for ids in texts:
+        interpreter._write(prefix, [ids], 4, None)
+    ends = [replies[1], replies[4], replies[11]]  # the second at once, then the first, last the third
+    monkeypatch.setattr(prompts, "sentence", lambda reply: (reply, reply in ends))
     monkeypatch.setattr(
-        interpreter, "_logits", lambda ids_BL, *rest: rows.append(len(ids_BL)) or original(ids_BL, *rest)
+        interpreter, "_logits", lambda ids_BL, *rest: passes.append(len(ids_BL)) or original(ids_BL, *rest)
     )
-    interpreter._write(prefix, [[5, 6], [7], [8, 9, 10]], 9, None)
-    assert rows == [3, 2, 1]
+    assert interpreter._write(prefix, texts, 9, None) == ends
+    assert passes == [3, 2, 1, 1]
 
 
 def test_readings_that_are_no_numbers_are_refused(interpreter):
@@ -114,10 +116,10 @@ def test_a_tokenizer_that_joins_digits_is_refused():
 
 def test_the_next_token_and_a_yes_are_read_off_plain_passes(interpreter):
     tokenizer, model = interpreter.tokenizer, interpreter.model
-    texts = [interpreter.chat(prompts.explain_messages(what)) for what in ("a", "a longer question\n" * 9)]
-    counted = []
-    log_p_BV = interpreter.next_token(texts, batch_size=2, progress=counted.append)
-    odds_B = interpreter.yes(texts)
+    questions, counted = ("a", "a longer question\n" * 9), []
+    texts = [interpreter.chat(prompts.explain_messages(what)) for what in questions]
+    log_p_BV = interpreter.next_token(questions, prompts.explain_messages, "", 2, counted.append)
+    odds_B = interpreter.yes(questions, prompts.explain_messages)
     assert counted == [2]
     for text, log_p_V, odds in zip(texts, log_p_BV, odds_B, strict=True):
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
@@ -194,7 +196,7 @@ def test_what_is_read_in_a_text_is_that_of_a_plain_pass_whatever_stands_beside_i
     reader.explanations(questions, max_new_tokens=4, batch_size=3)
     steps = passes[-12 if reader._alone else -4 :]
     if reader._alone:
-        steps = [torch.cat(steps[step::4]) for step in range(4)]
+        steps = [torch.cat(steps[at : at + 3]) for at in range(0, 12, 3)]
     for row, question in enumerate(questions):
         text = reader.chat(prompts.explain_messages(question)) + prompts.REPLY
         ids = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -206,9 +208,7 @@ def test_what_is_read_in_a_text_is_that_of_a_plain_pass_whatever_stands_beside_i
 
 def test_a_reply_ends_at_every_end_of_text_that_is_known(interpreter, smollm2, monkeypatch):
     questions = ["x\t1\n", "def\t9\n·f\t0\n"]
-    first = interpreter.next_token(
-        [interpreter.chat(prompts.explain_messages(each)) + prompts.REPLY for each in questions]
-    ).argmax(-1)
+    first = interpreter.next_token(questions, prompts.explain_messages, prompts.REPLY).argmax(-1)
     generation = interpreter.model.generation_config
     for ends in (int(first[0]), [49151, int(first[0])]):
         monkeypatch.setattr(generation, "eos_token_id", ends)
