@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from sae import InputError, __version__, artifacts
+from sae import InputError, artifacts
 
 INFO_FILE = "tokenized_dataset.json"
 INFO_TYPES = {"tokenizer_name": str, "vocab_size": int, "min_tokens": int, "rows": int, "fingerprint": str}
@@ -127,7 +127,7 @@ def write_info(folder, plan, files, counts):
         "rows": plan["num_files"] * plan["num_samples_per_file"],
         **counts,
         "fingerprint": hashlib.sha256("".join(each for each, _largest in files).encode()).hexdigest()[:16],
-        "suite_version": __version__,
+        "suite_version": plan["suite_version"],
     }
     ids = {"feature": {"dtype": "int32", "_type": "Value"}, "length": plan["min_tokens"], "_type": "List"}
     features = {"input_ids": ids, "document": {"dtype": "int64", "_type": "Value"}}

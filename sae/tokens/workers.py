@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from sae import InputError, artifacts
+from sae import InputError, __version__, artifacts
 from sae.tokens import dataset, sources
 
 CONTEXTS_AT_ONCE = 128  # that a worker sends, and that are written in one batch
@@ -72,13 +72,13 @@ def count(states):
     return counts | {"documents_skipped": skipped}
 
 
-def _work(connection, opened, tokenizer_json, plan, process, state):
+def _work(connection, opened, tokenizer_path, plan, process, state):
     """A worker process: sends in lists what it finds."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from sae.tokens.exact import ExactTokenizer
 
     documents = sources.read_documents(opened, plan["seed"], process, plan["num_processes"], state.turns)
-    contexts = find_contexts(ExactTokenizer(tokenizer_json), documents, state, plan, process)
+    contexts = find_contexts(ExactTokenizer(tokenizer_path.read_text()), documents, state, plan, process)
     with suppress(BrokenPipeError):  # the run has ended
         while found := list(islice(contexts, CONTEXTS_AT_ONCE)):
             connection.send(found)
@@ -103,6 +103,7 @@ def make_plan(flags, tokenizer_folder, bos_token_id):
         "vocab_size": Tokenizer.from_str(tokenizer_json).get_vocab_size(),
         "tokenizer_fingerprint": dataset.tokenizer_fingerprint(tokenizer_json),
         "shards": [len(source.paths) for source in opened],
+        "suite_version": __version__,  # another may have other notes of what it has begun
     }
 
 
@@ -162,7 +163,7 @@ def begin_or_go_on(folder, plan, tokenizer_folder):
 
 
 @contextmanager
-def working(opened, tokenizer_json, plan, states, watch):
+def working(opened, tokenizer_path, plan, states, watch):
     """What each worker process makes (see `_listen`). They end with the block, whatever they are at."""
     context, crew = multiprocessing.get_context("spawn"), []
     # Workers inherit what is blocked: a signal to the whole group is for this process, which ends them.
@@ -171,7 +172,7 @@ def working(opened, tokenizer_json, plan, states, watch):
     try:
         for process, state in enumerate(states):
             here, there = context.Pipe(duplex=False)
-            arguments = there, opened, tokenizer_json, plan, process, state
+            arguments = there, opened, tokenizer_path, plan, process, state
             worker = context.Process(target=_work, args=arguments, daemon=True)
             worker.start()
             there.close()
@@ -239,8 +240,8 @@ def _write_files(folder, opened, plan, progress, stopping):
         if stopping():
             raise KeyboardInterrupt
 
-    tokenizer_json = (folder / "dataset" / dataset.TOKENIZER / "tokenizer.json").read_text()
-    with bar, working(opened, tokenizer_json, plan, states, watch) as streams:
+    tokenizer_path = folder / "dataset" / dataset.TOKENIZER / "tokenizer.json"
+    with bar, working(opened, tokenizer_path, plan, states, watch) as streams:
         for number in range(there, num_files):
             path = folder / "dataset" / dataset.file_name(plan, number)
             batches = deal(streams, states, rows_each, watch)
