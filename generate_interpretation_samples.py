@@ -88,8 +88,8 @@ def main(args, stopping):
     choice = here.from_first(choice)
     kept = choice.contexts_FK[choice.contexts_FK >= 0].unique()
     values_FKT, peak_FM = samples.read_activations(look(kept, "second look"), choice, run.context_tokens)
-    here.add_up(values_FKT)
-    here.add_up(peak_FM)
+    here.total(values_FKT)
+    here.total(peak_FM)
     if here.rank:
         return 0
     content = run.samples(survey, choice, values_FKT, peak_FM, rows_N, **vars(args))

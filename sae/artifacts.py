@@ -57,6 +57,17 @@ def save_json(path, content):
         json.dump(content, handle, indent=1)
 
 
+def read_metrics(path, batch):
+    """The line of metrics.jsonl that a run wrote with its checkpoint at `batch`; {} where there is none."""
+    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
+    try:
+        events = [dict(json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as err:
+        raise InputError(f"a JSON object per line needed in {path}: {err}") from err
+    wanted = {"event": "checkpoint", "batch": batch}
+    return next((event for event in reversed(events) if wanted.items() <= event.items()), {})
+
+
 def check_writable(flag, path):
     """Refuse a name that no file can get, before the work that would end in writing it."""
     path = Path(path)

@@ -77,7 +77,7 @@ SEED = number(int, least=0, most=2**63 - 1)  # what torch takes
 
 
 def until(stopping, items):
-    """The items, until `stopping()`: then KeyboardInterrupt, in the middle of long work without steps too."""
+    """The items; once `stopping()` is true, KeyboardInterrupt instead of the next one."""
     for item in items:
         if stopping():
             raise KeyboardInterrupt

@@ -22,16 +22,6 @@ FORMATS = ("sae_lens", "safetensors", "neuronpedia")
 SAE_LENS_VERSION = "6.54.12"
 
 
-def template(name):
-    """The Jinja template sae/<name>: a value that it misses is an error, and HTML is escaped."""
-    import jinja2
-
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, autoescape=".html" in name,
-    ).get_template(name)  # fmt: skip
-
-
 # At inference batchtopk has a threshold, which SAELens calls jumprelu.
 SAE_LENS_NAMES = {"relu": "standard", "topk": "topk", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}
 
@@ -67,17 +57,6 @@ def sae_lens_config(config):
     }
 
 
-def read_metrics(path, batch):
-    """The line of metrics.jsonl that a run wrote with its checkpoint at `batch`; {} where there is none."""
-    lines = Path(path).read_bytes().splitlines() if Path(path).is_file() else []
-    try:
-        events = [dict(json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as err:
-        raise InputError(f"a JSON object per line needed in {path}: {err}") from err
-    wanted = {"event": "checkpoint", "batch": batch}
-    return next((event for event in reversed(events) if wanted.items() <= event.items()), {})
-
-
 def model_card(config, metrics, format):
     """README.md of the folder: where the autoencoder belongs, how to open it, how good it is."""
     from huggingface_hub import ModelCard, ModelCardData
@@ -89,11 +68,10 @@ def model_card(config, metrics, format):
         base_model=None if is_local else name,
         tags=["sparse-autoencoder", "interpretability"],
     )
-    text = template("card.md.jinja").render(
-        card_data=data.to_yaml(), model=Path(name).name if is_local else name, config=config,
-        metrics=metrics, format=format, version=__version__,
+    return ModelCard.from_template(
+        data, template_path=Path(__file__).with_name("card.md.jinja"), config=config, metrics=metrics,
+        model=Path(name).name if is_local else name, format=format, version=__version__,
     )  # fmt: skip
-    return ModelCard(text)
 
 
 @contextmanager
@@ -120,6 +98,7 @@ def export(checkpoint_path, out, format, model_name=None):
     import torch
     from safetensors.torch import save_file
 
+    from sae.artifacts import read_metrics
     from sae.autoencoder import load_checkpoint
 
     checkpoint = load_checkpoint(checkpoint_path)

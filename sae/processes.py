@@ -1,4 +1,4 @@
-"""The processes that `deepspeed` started: who they are, what they tell each other, a model among them."""
+"""The processes that `deepspeed` started: their ranks, what they exchange, a model shared among them."""
 
 import atexit
 import itertools
@@ -50,12 +50,6 @@ class Processes(NamedTuple):
         """The first process's (small, picklable) value."""
         return self.everyone(value if self.rank == 0 else None)[0]
 
-    def add_up(self, tensor):
-        """In place, at the first process: the sum of all processes' tensors, which are on the CPU."""
-        if self.count > 1:
-            with _together() as dist:
-                dist.reduce(tensor, 0)
-
     def total(self, tensor):
         """In place, and at every process: the sum of all processes' tensors, bit for bit the same."""
         if self.count > 1:
@@ -64,7 +58,7 @@ class Processes(NamedTuple):
         return tensor
 
     def sum(self, number):
-        """Of a whole number, over the CPU: no GPU is waited for."""
+        """The sum of a whole number of each process; it goes over the CPU, so that no GPU is waited for."""
         if self.count == 1:
             return number
         import torch
@@ -83,13 +77,13 @@ class Processes(NamedTuple):
         return torch.cat(parts, dim)
 
     def placed(self, rows, places, count):
-        """[count, ...]: the rows of all processes, of each where its `places` say; no two say the same."""
+        """[count, ...]: the rows of all processes, each at its place; no place is named twice."""
         whole = rows.new_zeros(count, *rows.shape[1:])
         whole[places] = rows
         return self.total(whole)
 
     def share(self, count):
-        """The slice of 0 to `count` that is this process's: neighbours, about as many for each."""
+        """This process's slice of range(count): contiguous, about as long as those of the others."""
         return slice(count * self.rank // self.count, count * (self.rank + 1) // self.count)
 
     def own(self, whole, dim):
@@ -100,7 +94,7 @@ class Processes(NamedTuple):
         return whole.narrow(dim, mine.start, mine.stop - mine.start)
 
     def whole(self, own, dim):
-        """The mirror of `own`: at the first process, on the CPU, with no second copy; None elsewhere."""
+        """The inverse of `own`: the whole tensor on the first process's CPU, held once there; else None."""
         if dim is None or self.count == 1:
             return own
         if dim:
@@ -116,41 +110,41 @@ class Processes(NamedTuple):
         return whole
 
     def hand_out(self, items, work, stopping):
-        """Yields, at the first process, `work(item)` of all `items` as they end, each done by who was free.
+        """Each process takes the next of `items` when it is free; the first one yields every `work(item)`.
 
-        Results are plain (JSON). Every process has to iterate, and gets to the end when all do; once one is
-        `stopping()`, none begins another item. Raises Lost where one has ended, after all that was finished.
+        Results are plain values (JSON), yielded as they come in. Every process has to iterate to the end,
+        where each waits for all. Once one is `stopping()`, none takes another item. Raises Lost where a
+        process has died, after the results that had been finished.
         """
         import torch
 
-        taken, mine = [0] * self.count, itertools.count()
+        taken, mine = [0] * self.count, itertools.count()  # pieces of each process's lines, one a result
+        line = [b""] * self.count  # what has come of the next
 
         def finished():
             for rank in range(self.count if self.rank == 0 else 0):
-                while self._ask("check", [key := f"{rank} {taken[rank]}"]):
+                while self._ask("check", [piece := f"{rank} {taken[rank]}"]):
+                    line[rank] += self._ask("get", piece)
+                    self._ask("delete_key", piece)
                     taken[rank] += 1
-                    pieces = [f"{key} {n}" for n in range(int(self._ask("get", key)))]
-                    text = b"".join(self._ask("get", piece) for piece in pieces)
-                    for name in (key, *pieces):
-                        self._ask("delete_key", name)
-                    yield json.loads(text)
+                    if line[rank].endswith(b"\n"):
+                        yield json.loads(line[rank])
+                        line[rank] = b""
 
         if self.rank == 0:
-            self._ask("delete_key", "given")  # of another time
+            self._ask("delete_key", "given")  # left by an earlier call
         self.everyone(None)
         with _together() as dist:  # the usual half an hour is less than some items take
             patient = dist.new_group(timeout=timedelta(days=999), backend="gloo")
         while not stopping() and (turn := self._ask("add", "given", 1)) <= len(items):
-            text, key = json.dumps(work(items[turn - 1])), f"{self.rank} {next(mine)}"
-            starts = range(0, len(text), PIECE_BYTES)
-            for n, start in enumerate(starts):
-                self._ask("set", f"{key} {n}", text[start : start + PIECE_BYTES])
-            self._ask("set", key, str(len(starts)))  # all of it is there
+            text = json.dumps(work(items[turn - 1])) + "\n"
+            for start in range(0, len(text), PIECE_BYTES):
+                self._ask("set", f"{self.rank} {next(mine)}", text[start : start + PIECE_BYTES])
             yield from finished()
-        self._ask("add", "given", len(items))  # a stop is one for all
+        self._ask("add", "given", len(items))  # after a stop nobody finds another item
         with _together() as dist:
             arrived = dist.all_reduce(torch.zeros(1), group=patient, async_op=True)
-        while not arrived.is_completed():  # or failed, where one has ended
+        while not arrived.is_completed():  # it also completes, in error, when a process has died
             yield from finished()
             time.sleep(0.05)
         yield from finished()
@@ -252,7 +246,7 @@ def load_model(processes, name, dtype, parallel, trust_remote_code=False):
     from transformers.distributed import DistributedConfig
 
     heads = {getattr(bones.config.get_text_config(), f"num_{kind}_heads", None) for kind in HEADS} - {None}
-    # Half a head attends to nothing: where they do not go round, each process has all of them.
+    # A head is not split: where the processes do not divide their number, each process has all of them.
     whole = {part: "replicate" for part in bones.tp_plan if "attn" in part or "attention" in part}
     uneven = any(count % processes.count for count in heads)
     share = DistributedConfig(tp_size=processes.count, tp_plan=whole if uneven else None)
@@ -289,7 +283,7 @@ class Parser(cli.Parser):
 
     def parse_args(self, words=None):
         args, surplus = self.parse_known_args(words)
-        if surplus:  # not shown, but for flags: a key in two words would be among them
+        if surplus:  # only flags are shown: other words may be parts of an API key
             flags = " ".join(word for word in surplus if word.startswith("--"))
             self.error(f"{len(surplus)} arguments more than needed came{f': {flags}' if flags else ''}")
         return args
@@ -297,7 +291,7 @@ class Parser(cli.Parser):
     def error(self, message):
         rank = os.environ.get("RANK", "0")
         if rank != "0":
-            # Where the launcher does not end us, the error is ours alone; or the first process is no more.
+            # The launcher ends this process if the first one met the error too; if not, it is said here.
             if isinstance(message, Lost):
                 time.sleep(2 * int(rank) - 2)
             else:

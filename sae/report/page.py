@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from jinja2.utils import htmlsafe_json_dumps
 
 from sae import InputError
@@ -151,8 +152,6 @@ def render(runs, contexts, most_bytes=MOST_BYTES):
     """The page, as text; `contexts`: shown of each kind, fewer where the page would pass `most_bytes`."""
     from markupsafe import Markup
 
-    from sae.export import template
-
     served, data = [roles(run) for run in runs], [content(run) for run in runs]
     while True:
         packed = [pack(run, *parts, contexts) for run, parts in zip(runs, served, strict=True)]
@@ -163,7 +162,9 @@ def render(runs, contexts, most_bytes=MOST_BYTES):
     script, style = (Path(__file__).with_name(name).read_text() for name in ("page.js", "page.css"))
     # The content security policy lets the page's own script run and nothing else.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return template("report/page.html.jinja").render(
+    how = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "autoescape": True}
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), **how)
+    return templates.get_template("page.html.jinja").render(
         config=runs[0].samples.config, data=text, packs=[contents for contents, _ in packed],
         script=Markup(script), style=Markup(style), digest=digest,
     )  # fmt: skip
@@ -171,10 +172,9 @@ def render(runs, contexts, most_bytes=MOST_BYTES):
 
 def open_run(samples_path, dataset_path, explanations, autoencoder_path, metrics_path):
     """The Run of a samples file and what belongs to it. InputError for what was made from something else."""
-    from sae.artifacts import check_origin, fingerprint
+    from sae.artifacts import check_origin, fingerprint, read_metrics
     from sae.autoencoder import load_checkpoint
     from sae.explanations import read_journal, token_texts
-    from sae.export import read_metrics
     from sae.samples import load_samples, nearest
     from sae.tokens import load_tokenizer, open_dataset, read_contexts
 

@@ -12,7 +12,7 @@ from sae.activations import activation_width, activations_at, carried, find_hook
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
 from sae.samples.file import Samples
-from sae.samples.look import encode_in_pieces
+from sae.samples.reading import encode_in_pieces
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
 
 # The flags that decide which samples come out, beside the seed.
@@ -67,7 +67,7 @@ class Run(NamedTuple):
                     yield from encode_in_pieces(autoencoder, turn[here.rank], next(acts)[:, skip:])
                 if bar.update(sum(map(len, turn))):
                     bar.set_postfix_str(note(), refresh=False)
-                if any(here.everyone(stopping())):
+                if here.sum(stopping()):
                     raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
 
     def samples(self, survey, choice, activations_FKT, peak_FM, rows_N, seed, **flags):

@@ -70,7 +70,8 @@ class Survey:
 
     documents_N: the document of each context; a context's number is its place there. `choose` picks for each
     feature contexts of distinct documents:
-    - random: `num_random` that it had no say in. They come first, else they would lean to the silent;
+    - random: `num_random`, whatever it does there. They are picked first: of the documents that the others
+      leave, it would fire in too few;
     - top: of the other documents the `num_top` with the highest activation, each by its best context;
     - spread: `num_spread` geometric steps of the activation, two from the maximum to its half and so on, and
       from each the context that was drawn; steps without one are made up for by second draws in the others.
@@ -91,8 +92,8 @@ class Survey:
         self.count_F = torch.zeros(width, dtype=torch.int64, device=device)
         # Random contexts may take documents of the strongest: as many more are kept.
         self.top_FM = torch.zeros(width, num_top + num_random, dtype=torch.int64, device=device)
-        # The drawn context of each cell, the draw in the place of what the activation is within it. A cell
-        # lies at its number modulo L: L below the maximum's, which only grows, it is written over.
+        # The drawn context of each cell; its key has the draw where the activation within the cell was. Cell
+        # c has slot c modulo L: it is overwritten by cell c + L, and not wanted once the maximum is there.
         self.drawn_FL = torch.zeros(width, CELLS_OF_STEP * num_spread, dtype=torch.int64, device=device)
 
     def add(self, contexts_B, f_BTF):

@@ -59,7 +59,8 @@ def read_source_file(path):
 def read_rows(path, columns=None):
     """The rows of a file or address as dicts, Skipped for what is no row; InputError where it does not open.
 
-    They have `columns` at least, all where these are not known; a wrong address then is told soon.
+    They have at least those of `columns` that there are. None: all that can hold text; and an address that
+    does not open is given up after fewer tries.
     """
     try:
         for stream in _streams(path, PAUSES if columns else PAUSES[:3]):
@@ -92,7 +93,7 @@ def _unzstd(handle):
 
 
 def _open_address(address, pauses):
-    """A file of the web or the hub that is read patiently; only one whose size is known can be read again."""
+    """A file of the web or the hub; what fails is read again, where the server tells its size."""
     import aiohttp
     import fsspec
 

@@ -1,4 +1,4 @@
-"""Documents to a tokenised dataset with several processes; what is finished outlives every kind of end.
+"""Documents to a tokenised dataset with several processes; finished files survive whatever ends a run.
 
 Worker processes make contexts of documents, this process writes them to files. While it grows, a dataset lies
 in a hidden folder: `progress.json` (the plan, the finished files, where each worker goes on after them) and
@@ -164,10 +164,10 @@ def begin_or_go_on(folder, plan, tokenizer_folder):
 
 @contextmanager
 def working(opened, tokenizer_path, plan, states, watch):
-    """What each worker process makes (see `_listen`). They end with the block, whatever they are at."""
+    """Within: worker processes, and for each what it finds (see `_listen`). On leaving they are killed."""
     context, crew = multiprocessing.get_context("spawn"), []
-    # Workers inherit what is blocked: a signal to the whole group is for this process, which ends them.
-    resource_tracker.ensure_running()  # it lets signals through when it starts, which would be with the first
+    # Workers inherit blocked signals: one to the whole group is for this process alone, which ends them.
+    resource_tracker.ensure_running()  # now, for starting it unblocks signals
     heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         for process, state in enumerate(states):

@@ -1,7 +1,7 @@
 import torch
 
 from sae.samples import read_activations
-from sae.samples.look import encode_in_pieces
+from sae.samples.reading import encode_in_pieces
 from sae.samples.survey import Choice
 
 
@@ -43,7 +43,7 @@ def test_encoding_comes_in_pieces(monkeypatch):
         def features(self, x_ND):
             return x_ND.float() * 2
 
-    monkeypatch.setattr("sae.samples.look.PIECE", 2 * 3 * 4)  # two contexts of three tokens and four features
+    monkeypatch.setattr("sae.samples.reading.PIECE", 2 * 3 * 4)  # two contexts, three tokens, four features
     acts_BTD = torch.arange(5 * 3 * 4.0).view(5, 3, 4)
     numbers, pieces = zip(*encode_in_pieces(Doubling(), torch.arange(10, 15), acts_BTD), strict=True)
     assert [n.tolist() for n in numbers] == [[10, 11], [12, 13], [14]]
