@@ -12,12 +12,15 @@ export DS_BUILD_OPS = 0
 demo: inputs/.done
 	bash experiments/demo.sh
 
+# Two files at a time, each with one thread; in the order of tests/conftest.py.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: inputs/.done browser lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 # Also what is long and rarely breaks.
 test-all: inputs/.done browser lint
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest $(TWO) -m ""
 
 # The tables of flags in docs/, from the scripts' own parsers.
 docs: .venv/.done

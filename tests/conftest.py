@@ -1,8 +1,11 @@
 """What the tests share: the real inputs, a tiny real model, and scripts started as a user starts them."""
 
+import functools
+import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,15 @@ ROOT = Path(__file__).resolve().parent.parent
 INPUTS = ROOT / "inputs"
 # Nothing here may ask a hub; sums must not depend on how many cores the machine has.
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_BUILD_OPS": "0"}
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+# Files of tests that take longest: first, so that two workers end about together.
+FIRST = ("several_processes", "interpret_faults", "train_script", "end_to_end", "report_browser", "workers")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.stem.endswith(FIRST))
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +57,6 @@ def tiny_llama(tmp_path_factory):
 def write_dataset(folder, ids, documents, tokenizer_name, vocab_size=49152):
     """A tokenised dataset as the contract has it, from rows of ids; returns `folder` as a string."""
     import hashlib
-    import json
 
     import datasets
     import numpy as np
@@ -89,31 +100,38 @@ def small_dataset(tmp_path_factory, stdlib_contexts, smollm2):
     return write_dataset(tmp_path_factory.mktemp("dataset") / "tokens", *stdlib_contexts, smollm2)
 
 
-def run_script(script, *args, timeout=300, cwd=None, env=None):
-    """Run a top-level script as a user does; returns the CompletedProcess with text streams."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=cwd,
-        env=os.environ | (env or {}),
-        check=False,
-    )
+@functools.cache
+def _warm():
+    """What runs the scripts (warm.py); ends when this process does."""
+    streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], text=True, **streams)
+
+
+def _run(words, timeout, cwd, env, fresh=False):
+    words, env = list(map(str, words)), os.environ | (env or {})
+    if fresh:
+        command, how = [sys.executable, *words], {"capture_output": True, "text": True, "check": False}
+        return subprocess.run(command, timeout=timeout, cwd=cwd, env=env, **how)
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        asked = [words, str(cwd or os.getcwd()), env, str(out), str(err), timeout]
+        _warm().stdin.write(json.dumps(asked) + "\n")
+        _warm().stdin.flush()
+        status = int(_warm().stdout.readline())
+        return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
+
+
+def run_script(script, *args, timeout=300, cwd=None, env=None, fresh=False):
+    """Run a top-level script as a user does; returns the CompletedProcess with text streams.
+
+    In a process of its own that need not import torch again; `fresh`: in one that has to, as a user's has.
+    """
+    return _run([ROOT / script, *args], timeout, cwd, env, fresh)
 
 
 def run_module(module, *args, timeout=300, env=None):
     """Run `python -m module` from the repository as a user does; returns the CompletedProcess."""
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env=os.environ | (env or {}),
-        check=False,
-    )
+    return _run(["-m", module, *args], timeout, ROOT, env)
 
 
 def assert_refused(result, *words):

@@ -21,7 +21,7 @@ def suite(tmp_path_factory, smollm2, stdlib, elasticsearch_url):
     tokens, run, samples = out / "tokens", out / "run", out / "samples.pt"
 
     def done(script, *args):
-        result = run_script(script, *args, timeout=600)
+        result = run_script(script, *args, timeout=600, fresh=True)
         assert result.returncode == 0, result.stderr
         return result
 
@@ -44,7 +44,7 @@ def suite(tmp_path_factory, smollm2, stdlib, elasticsearch_url):
         "--autoencoder_path", checkpoint, "--interpretation_model_name", smollm2,
         "--max_features", FEATURES, "--index", f"end-to-end-{os.getpid()}",
     ]  # fmt: skip
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
     return out, checkpoint, samples, f"end-to-end-{os.getpid()}"

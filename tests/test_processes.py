@@ -74,14 +74,14 @@ def together(program, *args):
     port, started = str(free_port()), []
     for rank in "01":
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env = os.environ | ranks | {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = os.environ | ranks | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", program, *map(str, args)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=env, text=True, **streams))
     ended = []
     for process in started:
         try:
-            out, err = process.communicate(timeout=120)
+            out, err = process.communicate(timeout=240)
         finally:
             process.kill()
         said = [json.loads(line) for line in out.splitlines() if line.startswith('["')]  # DeepSpeed talks too

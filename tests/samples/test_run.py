@@ -318,7 +318,7 @@ def launch(count, *args, **options):
     return subprocess.Popen(
         [*map(str, command), *map(str, args), "--num_gpus", str(count)], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=options.get("cwd"),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
@@ -345,7 +345,6 @@ def test_two_processes_write_the_same_file(tmp_path, tiny):
     assert status == 0 and len(lines) == 1, lines
     one = run_script(
         "generate_interpretation_samples.py", *flags, "--save_path", tmp_path / "one.pt",
-        env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert one.returncode == 0, one.stderr
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "two.pt").read_bytes()

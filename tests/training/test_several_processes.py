@@ -40,7 +40,7 @@ RUNS = {name: run | {"architecture": name} for name, run in RUNS.items()}
 def start(count, command):
     """`count` processes as a launcher starts them, in this one's group."""
     port = str(random.SystemRandom().randrange(20_000, 60_000))
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
         subprocess.Popen(
@@ -57,7 +57,7 @@ def finish(running):
     for process in running[1:]:
         if running[0].returncode:
             process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
     assert running[0].returncode or not any(process.returncode for process in running), said
     return running[0].returncode, said
 
@@ -175,14 +175,14 @@ def launch(*command):
     return subprocess.Popen(
         [*map(str, [*launcher, ROOT / SCRIPT, *command, "--num_gpus", 2])], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
 
 def ended(launcher):
     """Status of the launcher and all that was said, once every process has ended."""
     try:
-        said = launcher.communicate(timeout=120)[0]  # until the last of them closes its output
+        said = launcher.communicate(timeout=240)[0]  # until the last of them closes its output
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(launcher.pid, signal.SIGKILL)
@@ -231,7 +231,6 @@ def test_sigterm_kill_and_going_on_alone(small_dataset, tiny_llama, tmp_path):
     result = run_script(
         "generate_interpretation_samples.py", 60, "--dataset_path", small_dataset, "--autoencoder_path",
         tmp_path / "run" / "100.pt", "--save_path", tmp_path / "s.pt", "--log_freq_lower", -5,
-        env={"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
 

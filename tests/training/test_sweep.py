@@ -22,7 +22,7 @@ def words(*args, **more):
 
 
 def train(*args, **more):
-    return run_script(SCRIPT, *words(*args, **more), env={"OMP_NUM_THREADS": "1"})
+    return run_script(SCRIPT, *words(*args, **more))
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_each_folder_is_that_of_a_single_run(whole_sweep, small_dataset, tiny_ll
     folder, result = whole_sweep
     assert {path.name for path in folder.iterdir()} == {*NAMES, "sweep.jsonl", "sweep.png"}
     single = run_script(SCRIPT, *flags(small_dataset, tiny_llama, tmp_path / "one",
-                                       dict_vec_size=64, **SMALL), env={"OMP_NUM_THREADS": "1"})  # fmt: skip
+                                       dict_vec_size=64, **SMALL))  # fmt: skip
     assert single.returncode == 0, single.stderr
     assert contents(tmp_path / "one") == contents(folder / NAMES[1])
     assert {path.name for path in (folder / NAMES[1]).rglob("*.png")} == {
