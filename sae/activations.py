@@ -118,8 +118,8 @@ def prefetch(items, depth=2):
 def carried(chunks, device):
     """The same chunks on another device, made and copied ahead, so that two devices work at once.
 
-    To a GPU they are copied by streams that copy alone, or out of pinned memory: what either model has queued
-    is not waited for, and neither waits for a copy of what comes later.
+    To a GPU they are copied on streams of their own, from the CPU out of pinned memory: a copy waits for no
+    other work of the two models, and they wait for no later copy.
     """
     side = functools.cache(lambda one: torch.cuda.Stream(one) if one.type == "cuda" else None)
 

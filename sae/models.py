@@ -29,9 +29,9 @@ def load_tokenizer(name, trust_remote_code=False):
 def load_model(name, device="cpu", dtype="auto", trust_remote_code=False, **share):
     """The causal language model `name` on `device`, ready for inference (no gradients, no dropout).
 
-    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. `share`: transformers' words for a
-    part of it. Raises InputError where a weight is not in the files or has another shape there: transformers
-    would go on with random numbers.
+    `dtype` is a torch.dtype or a name; "auto" is `fast_dtype(device)`. `share`: words for from_pretrained
+    that have it load a part. Raises InputError where a weight is not in the files or has another shape there:
+    transformers would go on with random numbers.
     """
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +76,7 @@ def _load(auto_class, what, name, trust_remote_code, **options):
     path, before = Path(name), logging.get_verbosity()
     if path.suffix == ".gguf":
         name, options["gguf_file"] = str(path.parent), path.name
-    logging.set_verbosity_error()  # its tables of what is missing: the caller says that in a line
+    logging.set_verbosity_error()  # it prints tables of missing weights, the caller names them in a line
     try:
         return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except Exception as err:  # transformers, tokenizers and safetensors raise a different type for each way
@@ -168,7 +168,7 @@ def check_vocabulary(model_config, info):
 
 
 def check_positions(model, num_tokens):
-    """Refuse contexts longer than a model's table of positions; warn where only training ended there."""
+    """Refuse contexts longer than a model's table of positions; warn of those that it was not trained on."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's name
     if not most or num_tokens <= most:
@@ -209,7 +209,8 @@ def way_to_logits(model, hookpoint):
     post_norms = any(name.endswith(POST_NORM) for name, _ in model.named_modules()) and not last.isdigit()
     if norm is None or unembedding is None or post_norms or (last in ACTIVATION and projection is None):
         return None
-    sign_D = torch.ones_like(unembedding.weight[0])  # by its answers: some weigh by 1 + weight, some centre
+    # The gain is read off what the norm returns: some multiply by 1 + weight, some subtract the mean.
+    sign_D = torch.ones_like(unembedding.weight[0])
     sign_D[::2] = -1
     zero_D, one_D = norm(0 * sign_D), norm(sign_D.abs())
     gain_D, centres = ((norm(sign_D) - zero_D) * sign_D).float(), torch.allclose(one_D, zero_D, atol=1e-3)

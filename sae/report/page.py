@@ -68,7 +68,7 @@ def columns_shown(kind_K, most):
 
 
 def tokens_read(texts, text, skip):
-    """Which of the tokens `texts` an interpreter read that was given `text`: (first, end)."""
+    """Where in the tokens `texts` the `text` lies that an interpreter was given: (first, end)."""
     at, ends = "".join(texts).find(text, sum(map(len, texts[:skip]))), np.cumsum(list(map(len, texts)))
     if at < 0:
         return skip, len(texts)

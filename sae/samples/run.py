@@ -57,7 +57,7 @@ class Run(NamedTuple):
         acts = (activations_at(self.model, module, ids_BT) for ids_BT in ids)
         if self.model.device != autoencoder.b_enc.device:
             acts = carried(acts, autoencoder.b_enc.device)
-        # In a log file a bar is a nuisance, until the run is long enough to be wondered about.
+        # Into a log file a bar is written only where a run takes longer than ten seconds.
         delay = 0 if sys.stderr.isatty() else 10
         options = {"unit": "context", "delay": delay, "disable": here.rank > 0}
         with tqdm(total=len(contexts_N), desc=what, **options) as bar:
@@ -71,7 +71,7 @@ class Run(NamedTuple):
                     raise KeyboardInterrupt(f"{bar.n} of {bar.total} contexts done ({what})")
 
     def samples(self, survey, choice, activations_FKT, peak_FM, rows_N, seed, **flags):
-        """What the file holds. The config is the checkpoint's and the run's own values; two have a prefix."""
+        """What the file holds. `config`: the checkpoint's, and this run's values beside it."""
         own = {name: flags[name] for name in OWN_FLAGS}
         dtype = str(self.model.dtype).removeprefix("torch.")
         config = self.checkpoint.config | own | {"samples_seed": seed, "samples_dtype_llm": dtype}
@@ -91,7 +91,7 @@ class Run(NamedTuple):
             return {}
         fields, rows_FD = {}, self.checkpoint.autoencoder.W_dec.to(self.model.device)[features_F]
         for rows_fD in rows_FD.split(256):
-            # Embeddings behind the tokenizer's last are filling.
+            # A model may have more embeddings than there are tokens.
             logits_fV = logits(rows_fD)[:, : self.info["vocab_size"]]
             for name, largest in (("promoted", True), ("suppressed", False)):
                 values, tokens = logits_fV.topk(PROMOTED, largest=largest)

@@ -44,7 +44,7 @@ def in_band(log10_frequency, lower, upper):
 
 
 def wider_band(log10_frequency, lower, upper):
-    """How many features lower limits would hold, in words; "" where a tenth of those that fire is inside."""
+    """How many features wider bands would hold, in words; "" where this holds a tenth of those that fire."""
     alive, limits = int((log10_frequency > -math.inf).sum()), {}  # of each count the highest lower limit
     for limit in (lower, *range(math.ceil(lower) - 1, -9, -1)):
         limits.setdefault(int(between(log10_frequency, limit, upper).sum()), limit)
@@ -125,11 +125,11 @@ class Survey:
         self._keep()
         features_F = features_F.to(self.documents_N.device)
         num_top, num_spread, num_random = self.nums
-        # A few contexts serve all features, and the second look has few to read; each has its own order.
+        # All features draw from the same few contexts, each in its order: the second look has few to read.
         common_R = self.draw_N.argsort()[: 4 * sum(self.nums)]
         order_FR = self._draw(features_F, common_R).argsort(1)
         lots_FM = LOW - common_R[order_FR]
-        # Where documents are few, random contexts leave the others their part.
+        # Where documents are few, random contexts first take their share of them alone.
         fair = min(num_random, len(self.documents_N.unique()) * num_random // sum(self.nums))
         random_FK = self._pick(lots_FM, fair, lots_FM[:, :0])
         top_FK = self._pick(self.top_FM[features_F], num_top, random_FK)

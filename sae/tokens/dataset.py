@@ -73,7 +73,7 @@ def check_tokenizer(info, model_name, allow_other=False):
     from sae import models
 
     made_with = info.get("tokenizer_fingerprint", "")
-    # Version 0.1 took the fingerprint of a spelling, which says nothing about another library's.
+    # Version 0.1 took the fingerprint of the file, which another version of tokenizers writes otherwise.
     if allow_other or not made_with.startswith("vocabulary-"):
         return
     try:
@@ -92,7 +92,7 @@ def check_tokenizer(info, model_name, allow_other=False):
 def write_arrow(path, batches, length):
     """Write batches of (ids [N, length] int32, documents [N] int64) as one file.
 
-    Returns how many rows it has, their fingerprint, however they are batched, and the largest id.
+    Returns the number of rows, their fingerprint (the same however they are batched), and the largest id.
     """
     import pyarrow as pa
 
@@ -113,7 +113,7 @@ def file_name(plan, number):
 
 
 def write_info(folder, plan, files, counts):
-    """What makes Arrow files in `folder` (of each its fingerprint and largest id) a dataset."""
+    """Describe the Arrow files in `folder`, so that they are a dataset. files: (fingerprint, largest id)."""
     columns = plan["text_field"]
     arguments = {key: plan[key] for key in ("data_dir", "dataset_config", "split")}
     arguments["text_field"] = columns[0] if columns and len(columns) == 1 else columns

@@ -85,7 +85,7 @@ def _work(connection, opened, tokenizer_path, plan, process, state):
 
 
 def make_plan(flags, tokenizer_folder, bos_token_id):
-    """A source for each --data_dir; and the flags with what they stand for, all that decides on the bytes."""
+    """A source for each --data_dir; and the plan: the flags, and all else that decides on the bytes."""
     from tokenizers import Tokenizer
 
     tokenizer_json = (Path(tokenizer_folder) / "tokenizer.json").read_text()
@@ -151,7 +151,7 @@ def begin_or_go_on(folder, plan, tokenizer_folder):
     progress = json.loads(path.read_text()) if path.exists() else None
     if progress and not progress["ended"]:
         _refuse_other_flags(progress["plan"], plan, f"what was begun in {folder}")
-    # Flags that suffice may follow those for which the documents have ended.
+    # After flags for which the documents did not suffice, a run with others begins anew.
     if not progress or (progress["ended"] and progress["plan"] != plan):
         shutil.rmtree(folder / "dataset", ignore_errors=True)
         shutil.copytree(tokenizer_folder, folder / "dataset" / dataset.TOKENIZER)

@@ -338,6 +338,18 @@ def test_a_worker_that_dies_ends_the_run(start, tmp_path):
     assert run.returncode == 2 and "--seed was 0, 1 came" in errors
 
 
+def test_what_another_version_has_begun_is_refused(tmp_path, tokenizer_copy, parquet):
+    flags = FLAGS | {"dataset_name": str(parquet)}
+    said, done = workers.write_dataset(tmp_path / "out", flags, tokenizer_copy, lambda: True)
+    assert not done and "0 of 2 files" in said
+    path = tmp_path / ".out.partial" / "progress.json"
+    progress = json.loads(path.read_text())
+    progress["plan"]["suite_version"] = "0.1.0"
+    path.write_text(json.dumps(progress))
+    with pytest.raises(InputError, match=r"--suite_version was '0\.1\.0', '.*' came"):
+        write(tmp_path / "out", tokenizer_copy, dataset_name=parquet)
+
+
 def test_two_runs_do_not_write_to_one_place(start, tmp_path):
     first = start(tmp_path / "out")
     wait_for(lambda: (tmp_path / ".out.partial" / "progress.json").exists(), first)
