@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from train import seconds  # noqa: E402
 
 from sae import activations, autoencoder, cli, models  # noqa: E402
-from sae.training import run, steps, trainer  # noqa: E402
+from sae.training import plan, steps, trainer  # noqa: E402
 
 CODELLAMA = {
     "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -171,7 +171,7 @@ def table():
     print("|---" * 7 + "|")
     for features, count in itertools.product((44_032, 352_256), (1, 2, 4, 8)):
         config = same | {"dict_vec_size": features}
-        parts = run.llm_bytes(config, model, dtype), run.autoencoder_bytes([config], dtype, True, count)
+        parts = plan.llm_bytes(config, model, dtype), plan.autoencoder_bytes([config], dtype, True, count)
         left, weights = 80e9 - sum(parts), 2 * D * features / count
         exchange = BATCH * D * (dtype.itemsize + 4) if count > 1 else 0  # rows in, reconstructions out
         seconds = flops / count / FLOPS + 5 * weights / FLOPS  # of a token: the LLM, five products

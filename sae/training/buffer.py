@@ -123,7 +123,8 @@ class SharedBuffer(ShuffleBuffer):
 def own_rows(slots, burst, processes):
     """How many of the rows in a buffer lie at one process at most.
 
-    Its share, what it is ahead by at either end of the stream, and 16 standard deviations of what is drawn.
+    Its share; two passes of the LLM, by which it may be ahead of the others; and 16 standard deviations of
+    what a draw takes from one process.
     """
     return min(slots, -(-slots // processes) + 2 * burst + 4 * math.isqrt(slots))
 

@@ -4,7 +4,7 @@ Dims: M held-out contexts, B contexts of a batch, T tokens, V vocabulary, N rows
 F features, C token classes.
 """
 
-import itertools
+import functools
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from sae.activations import on_output
 from sae.processes import ALONE
 from sae.training.probe import CLASSES, probe_f1
 
-KL_CONTEXTS = 64  # it takes predictions that nothing keeps, and varies little from context to context
+KL_CONTEXTS = 64  # it needs the LLM's own predictions again each time, and varies little between contexts
 SLICE = 1024  # rows that go through the autoencoder at once
 
 
@@ -50,8 +50,8 @@ class Judge:
         self, model, module, ids_MT, documents_M, classes_MT=None, skip_positions=0, batch_size=16, here=ALONE
     ):
         self._model, self._module, self._skip, self._batch_size = model, module, skip_positions, batch_size
-        self._here = here
-        self._ids_MT, self._ce_M, self._ce_zero_M = ids_MT, [], []
+        self._here, self._ids_MT = here, ids_MT
+        self._ce_M = self._ce_zero_M = None  # of this process's contexts, 0 for the others'
         _, self._documents_M = np.unique(documents_M, return_inverse=True)
         # Half of the documents chooses the features of a class, the other scores them.
         halves_M1 = torch.from_numpy(self._documents_M % 2)[:, None]
@@ -67,49 +67,42 @@ class Judge:
         predictions with the reconstruction from its own, over KL_CONTEXTS; all in nats per predicted token.
         loss_recovered = (ce_zero - ce_sae) / (ce_zero - ce), with the 95% interval over documents.
         """
-        tallies, size = [_Tally(autoencoder, self._skip) for autoencoder in autoencoders], self._batch_size
-        own, zero, kl = self._ce_M, self._ce_zero_M, [[] for _ in tallies]
-        rounds = (tensor_MT.split(size * self._here.count) for tensor_MT in (self._ids_MT, self._labels_MT))
-        for number, (ids_RT, labels_RT) in enumerate(zip(*rounds, strict=True)):
-            turn = slice(self._here.rank * size, (self._here.rank + 1) * size)
-            ids_BT, done = ids_RT[turn], number * size
-            compared = max(0, KL_CONTEXTS - done * self._here.count - turn.start)
-            hooks = [tally.reconstruct(labels_RT, turn) for tally in tallies]
+        contexts, size, here = len(self._ids_MT), self._batch_size, self._here
+        tallies, first = [_Tally(one, self._skip, contexts) for one in autoencoders], self._ce_M is None
+        if first:
+            self._ce_M, self._ce_zero_M = np.zeros(contexts), np.zeros(contexts)
+        for start in range(0, contexts, size * here.count):
+            turns = [slice(at, at + size) for at in range(start, start + size * here.count, size)]
+            own, labels = turns[here.rank], [self._labels_MT[turn, self._skip :].flatten() for turn in turns]
+            ids_BT, compared = self._ids_MT[own], max(0, KL_CONTEXTS - own.start)
             if not len(ids_BT):  # in the last round; the others still need this process's features
-                for tally, hook in zip(tallies, hooks, strict=True):
-                    hook(tally.total_D.new_empty(0, ids_RT.shape[1], len(tally.total_D)))
+                for tally in tallies:
+                    tally.replaced(torch.empty(0, self._skip, 1), labels)
                 continue
-            if len(zero) == done:
-                zero += _cross_entropies(self._logits(ids_BT, self._zero), ids_BT)
-            if len(own) == done or compared:
+            if first:
+                self._ce_zero_M[own] = _cross_entropies(self._logits(ids_BT, self._zero), ids_BT)
+            if first or compared:
                 own_BTV = self._logits(ids_BT, lambda _acts: None)
-                own[done : done + len(ids_BT)] = _cross_entropies(own_BTV, ids_BT)
-            for tally, hook, kl_M in zip(tallies, hooks, kl, strict=True):
-                logits_BTV = self._logits(ids_BT, hook)
-                tally.ce_M += _cross_entropies(logits_BTV, ids_BT)
-                kl_M += _divergences(own_BTV[:compared], logits_BTV[:compared]) if compared else []
-        return [self._figures(tally, kl_M) for tally, kl_M in zip(tallies, kl, strict=True)]
+                self._ce_M[own] = _cross_entropies(own_BTV, ids_BT)
+            for tally in tallies:
+                logits_BTV = self._logits(ids_BT, functools.partial(tally.replaced, labels=labels))
+                tally.ce_M[own] = _cross_entropies(logits_BTV, ids_BT)
+                if compared:
+                    tally.kl_M[own] = _divergences(own_BTV[:compared], logits_BTV[:compared])
+        return [self._figures(tally) for tally in tallies]
 
-    def _figures(self, tally, kl_M):
+    def _figures(self, tally):
+        sums = {"ce": self._ce_M, "ce_sae": tally.ce_M, "ce_zero": self._ce_zero_M, "kl": tally.kl_M}
+        sums = {name: self._here.total(torch.tensor(sum_M)).numpy() for name, sum_M in sums.items()}
         predicted = max(1, self._ids_MT.shape[1] - 1)
-        ce = {"ce": self._ce_M, "ce_sae": tally.ce_M, "ce_zero": self._ce_zero_M}
-        ce = {name: self._in_order(values) for name, values in ce.items()}
-        kl_M, own = self._in_order(kl_M), tally.figures()
+        by_document = (np.bincount(self._documents_M, sums[name]) for name in ("ce", "ce_sae", "ce_zero"))
         return {
-            **own,
-            **{name: float(np.mean(values)) / predicted for name, values in (ce | {"kl": kl_M}).items()},
-            **_recovered(*(np.bincount(self._documents_M, values) for values in ce.values())),
+            **tally.figures(),
+            **{name: float(sum_M.mean()) / predicted for name, sum_M in sums.items()},
+            **_recovered(*by_document),
             "documents": int(self._documents_M.max()) + 1,
             "contexts": len(self._ids_MT),
         }
-
-    def _in_order(self, values):
-        """Of all processes' values those of the contexts in order; a process's are of every N-th batch."""
-        size = self._batch_size
-        parts = [
-            [some[at : at + size] for at in range(0, len(some), size)] for some in self._here.everyone(values)
-        ]
-        return [one for turn in itertools.zip_longest(*parts, fillvalue=()) for part in turn for one in part]
 
     def _logits(self, ids_BT, hook):
         with on_output(self._module, ids_BT.shape, hook):
@@ -122,34 +115,30 @@ class Judge:
 class _Tally:
     """What one autoencoder makes of the rows."""
 
-    def __init__(self, autoencoder, skip_positions):
+    def __init__(self, autoencoder, skip_positions, contexts):
         self._autoencoder, self._skip, self._here = autoencoder, skip_positions, autoencoder.here
         D, F = len(autoencoder.b_dec), len(autoencoder.b_enc)
         self._labels, device = 2 * (len(CLASSES) + 1), autoencoder.b_dec.device
-        self.total_D = torch.zeros(D, dtype=torch.float64, device=device)
+        self._total_D = torch.zeros(D, dtype=torch.float64, device=device)
         self._fired_LF = torch.zeros(self._labels, F, dtype=torch.float64, device=device)
         self._rows_L = torch.zeros(self._labels, dtype=torch.float64, device=device)
         self._error = self._squares = 0
-        self.ce_M = []
+        self.ce_M, self.kl_M = np.zeros(contexts), np.zeros(min(contexts, KL_CONTEXTS))
 
-    def reconstruct(self, labels_RT, turn):
-        """A hook that puts the reconstruction in place, and counts. turn: this process's contexts of R."""
-        labels_RT = labels_RT[:, self._skip :]
-        own, labels_N = [at * labels_RT.shape[1] for at in (turn.start, turn.stop)], labels_RT.flatten()
-
-        def hook(acts_BTD):
-            parts, x_ND = [], acts_BTD[:, self._skip :].flatten(0, 1)
+    def replaced(self, acts_BTD, labels):
+        """The activations with the reconstruction in place; counts. labels: of each process's rows [N]."""
+        x_ND, b_dec, parts = acts_BTD[:, self._skip :].flatten(0, 1), self._autoencoder.b_dec, []
+        for rank, labels_N in enumerate(labels):
             for start in range(0, len(labels_N), SLICE):
                 some_N = labels_N[start : start + SLICE]
-                mine = slice(*(min(max(at - start, 0), len(some_N)) for at in own))
-                places = slice(mine.start + start - own[0], mine.stop + start - own[0])
-                some_ND = x_ND[places].to(self.total_D.device, torch.float32)
-                if self._here.count > 1:
-                    some_ND = self._here.placed(some_ND, mine, len(some_N))
-                parts.append(self._count(some_ND, some_N)[mine])
-            return _with_rows(acts_BTD, torch.cat(parts), self._skip)
-
-        return hook
+                if rank == self._here.rank:
+                    some_ND = x_ND[start : start + SLICE].to(b_dec)
+                else:
+                    some_ND = b_dec.new_zeros(len(some_N), len(b_dec))
+                out_ND = self._count(self._here.total(some_ND), some_N)
+                if rank == self._here.rank:
+                    parts.append(out_ND)
+        return _with_rows(acts_BTD, torch.cat(parts), self._skip) if parts else None
 
     def _count(self, x_ND, labels_N):
         autoencoder = self._autoencoder
@@ -157,7 +146,7 @@ class _Tally:
         out_ND = autoencoder.decode(f_NF) / autoencoder.scale(x_ND)
         self._error += (x_ND - out_ND).double().square().sum()
         self._squares += x_ND.double().square().sum()
-        self.total_D += x_ND.double().sum(0)
+        self._total_D += x_ND.double().sum(0)
         labels_NL = functional.one_hot(labels_N.to(x_ND.device), self._labels).float()
         self._fired_LF += labels_NL.T @ (f_NF > 0).float()
         self._rows_L += labels_NL.sum(0)
@@ -167,7 +156,7 @@ class _Tally:
         rows, fired_FL = self._rows_L.sum(), self._here.whole(self._fired_LF.T, 0)
         if fired_FL is None:
             return {}  # the first process has them all
-        spread = self._squares - self.total_D.square().sum() / rows
+        spread = self._squares - self._total_D.square().sum() / rows
         fired_2CF = fired_FL.T.to(rows.device).unflatten(0, (2, -1))
         return {
             "l0": float(fired_2CF.sum() / rows),
@@ -191,12 +180,8 @@ def _cross_entropies(logits_BTV, ids_BT):
 def _divergences(own_BTV, logits_BTV):
     """KL(own || other) of the predictions, summed over each context, nats."""
     pairs = zip(own_BTV[:, :-1], logits_BTV[:, :-1], strict=True)
-    return [
-        functional.kl_div(
-            other.float().log_softmax(-1), own.float().log_softmax(-1), reduction="sum", log_target=True
-        ).item()
-        for own, other in pairs
-    ]
+    logs = ([one.float().log_softmax(-1) for one in pair] for pair in pairs)
+    return [functional.kl_div(other, own, reduction="sum", log_target=True).item() for own, other in logs]
 
 
 def _recovered(ce_K, ce_sae_K, ce_zero_K):

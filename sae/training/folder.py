@@ -53,11 +53,15 @@ class RunFolder:
         self._writer, self._board = writer, None  # for TensorBoard: the class, and one of it from `start` on
         self._metrics, self._saved = self.path / "metrics.jsonl", None
         self.wrote = f"{path} was complete"  # the newest line for the user
-        with here.first_decides():
-            if here.rank == 0:
-                self._open(resume)
+        self._first(self._open, resume)
         if here.from_first(bool(self._saved)) and here.rank:
             self._saved = _load_resume(self.path / "resume.pt")
+
+    def _first(self, work, *args):
+        """Call it in the first process; what ails it ends all of them."""
+        with self._here.first_decides():
+            if self._here.rank == 0:
+                work(*args)
 
     def _open(self, resume):
         path, started = self.path, any(self.path.glob("*.pt"))
@@ -93,19 +97,23 @@ class RunFolder:
 
     def start(self, trainer):
         """Put the trainer where the run stopped, or keep its beginning: from here on a kill loses nothing."""
-        if self._here.rank == 0:  # lines that were written after resume.pt: their steps are trained again
-            self._handle.truncate(self._saved["metrics_bytes"] if self._saved else 0)
-        if self._saved:
-            trainer.restore(self._saved["trainer"])
-            self._saved = None
-        else:
+        saved, self._saved = self._saved, None
+        if saved:
+            trainer.restore(saved["trainer"])
+        self._first(self._begin, saved["metrics_bytes"] if saved else 0, trainer.batch)
+        if not saved:
             self.save_resume(trainer)
-        if self._writer and self._here.rank == 0:
-            self._board = self._writer(str(self.path / "tensorboard"), purge_step=trainer.batch + 1)
+
+    def _begin(self, metrics_bytes, batch):
+        self._handle.truncate(metrics_bytes)  # what came after resume.pt comes again
+        if self._writer:
+            self._board = self._writer(str(self.path / "tensorboard"), purge_step=batch + 1)
 
     def append(self, events):
-        if self._here.rank:
-            return
+        """Add lines to metrics.jsonl."""
+        self._first(self._append, events)
+
+    def _append(self, events):
         self._handle.writelines(f"{json.dumps(event)}\n".encode() for event in events)
         self._handle.flush()
         for event in events if self._board else ():
@@ -123,32 +131,30 @@ class RunFolder:
 
     def wait(self):
         """Until all is written."""
-        with self._here.first_decides():
-            if self._writing:
-                self._writing.result()
+        self._first(lambda: self._writing and self._writing.result())
 
     def save_resume(self, trainer):
         """All that only going on needs, in one atomic file."""
-        self._save(self._state(trainer))
+        self._first(self._save, self._state(trainer))
 
     def save_checkpoint(self, trainer, figures):
-        """`<trained_batches>.pt`, a metrics line, resume.pt (a kill before it repeats all), pictures."""
-        state, batch = self._state(trainer), trainer.batch
-        tokens, path = batch * self.config["batch_size_autoencoder"], self.path / f"{batch}.pt"
-        log10_frequency, rows = trainer.log10_frequency(self.config["batch_size_autoencoder"])
+        """A metrics line, `<trained_batches>.pt`, resume.pt (a kill before it repeats all), pictures."""
+        frequencies = trainer.log10_frequency(self.config["batch_size_autoencoder"])
+        self._first(self._save_checkpoint, self._state(trainer), *frequencies, figures)
+
+    def _save_checkpoint(self, state, log10_frequency, rows, figures):
+        batch, path, images = state["batch"], self.path / f"{state['batch']}.pt", self.path / "images"
+        tokens = batch * self.config["batch_size_autoencoder"]
         config = self.config | {"trained_batches": batch, "trained_tokens": tokens, "frequency_tokens": rows}
-        content = config, state["weights"], state["factor"], log10_frequency
-        self._write(lambda: save_pt(path, checkpoint(*content)))
-        if self._here.rank:
-            return self._save(state)
-        figures |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
         event = {"batch": batch, "event": "checkpoint", "tokens": tokens, **figures}
-        self.append([event])
-        self._save(state)
+        event |= {"dead_share": log10_frequency.isinf().float().mean().item(), "frequency_tokens": rows}
+        self._append([event])
+        content = config, state["weights"], state["factor"], log10_frequency
+        self._save(state, lambda: save_pt(path, checkpoint(*content)))
         self.wrote = f"wrote {path}, images/ and metrics.jsonl: {held_out(event)}"
         title = f"{Path(config['model_name']).name} {config['hookpoint']}, {tokens:,} tokens"
-        draw(frequency_histogram, self.path / "images" / f"{batch}.png", log10_frequency, title)
-        draw(loss_curves, self.path / "images" / "loss_curves.png", self.metrics(), title)
+        draw(frequency_histogram, images / f"{batch}.png", log10_frequency, title)
+        draw(loss_curves, images / "loss_curves.png", self.metrics(), title)
 
     def _state(self, trainer):
         """The trainer's; a copy of it (where it was gathered it is one) if training goes on meanwhile."""
@@ -157,31 +163,20 @@ class RunFolder:
         state, copy = trainer.state(), self._here.count == 1
         return tree_map_only(Tensor, lambda one: one.to("cpu", copy=copy), state) if self._thread else state
 
-    def _save(self, state):
-        size = 0 if self._here.rank else os.fstat(self._handle.fileno()).st_size
+    def _save(self, state, before=lambda: None):
+        """Write resume.pt, and what has to be there `before`; where there is a thread, in it."""
+        metrics_bytes = os.fstat(self._handle.fileno()).st_size
+        content = {"config": self.config, "trainer": state, "metrics_bytes": metrics_bytes}
 
         def write():
+            before()
             os.fsync(self._handle.fileno())
             if self._board:
                 self._board.flush()
-            content = {"config": self.config, "trainer": state, "metrics_bytes": size}
             save_pt(self.path / "resume.pt", content)
 
-        self._write(write)
+        self._writing = self._thread.submit(write) if self._thread else write()
         self.saved_at = time.monotonic()
-
-    def _write(self, work):
-        """Call `work()` in the first process; in the thread behind what it writes, unless that failed."""
-        before = self._writing
-
-        def in_turn():
-            if before:
-                before.result()
-            work()
-
-        with self._here.first_decides():
-            if self._here.rank == 0:
-                self._writing = self._thread.submit(in_turn) if self._thread else work()
 
 
 def held_out(event):

@@ -16,19 +16,19 @@ the same two of AuxK, and [D] numbers of b_dec's gradient. All other gradients a
 Dims: N rows of a batch, S entries of [N, F] that matter, D act_vec_size, F dict_vec_size, K dead features.
 """
 
+import functools
 import warnings
 from typing import NamedTuple
 
 import torch
 
-from sae import InputError
 from sae.autoencoder import largest, least
 from sae.processes import ALONE
 
 warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")  # for a user of the script
 
-# A step is sparse below this share of entries that matter. The rule sees the batch alone, so a resumed run
-# takes the same turns. Nobody has measured it on a GPU yet: there every step is dense.
+# A step is sparse below this share of entries that matter. That depends on the batch alone: a resumed run
+# computes as the whole one did. Nobody has measured it on a GPU yet: there every step is dense.
 SPARSE_BELOW = {("cpu", torch.float32): 0.05, ("cpu", torch.bfloat16): 0.01}
 READ_AT_ONCE = {"cpu"}  # devices whose numbers are there; of a GPU, all that is queued is waited for first
 BANDWIDTH = 0.1  # jumprelu: width of the kernel, in units of the root mean square of x - b_dec
@@ -59,7 +59,7 @@ class Watched(NamedTuple):
     """Features that may be dead."""
 
     numbers_K: torch.Tensor
-    dead_K: torch.Tensor  # whether they are
+    dead_K: torch.Tensor | None  # whether they are, at this step
     count: int  # K of all processes
 
 
@@ -70,53 +70,6 @@ class Found(NamedTuple):
     penalty: torch.Tensor  # this process's share of it
     fired_F: torch.Tensor  # rows that each feature fired on, int64
     cut: torch.Tensor  # as the encoder had it
-
-
-def settings(flags, num_batches, dict_vec_size):
-    """What the flags leave open and an architecture decides; InputError for flags of another architecture."""
-    name, topk = flags["architecture"], flags["architecture"] in ("topk", "batchtopk")
-    for flag, reader in (("k", "topk or batchtopk"), ("target_l0", "jumprelu")):
-        if flags[flag] is not None and name not in reader.split(" or "):
-            raise InputError(f"--{flag} needs --architecture {reader}, got {name}")
-    if flags["scale_dataset"] and flags["normalize_dataset"]:
-        raise InputError("one of --scale_dataset and --normalize_dataset needed, got both")
-    k = flags["k"] or (min(32, dict_vec_size) if topk else None)
-    target_l0 = flags["target_l0"] or (min(32.0, dict_vec_size) if name == "jumprelu" else None)
-    for flag, value in (("k", k), ("target_l0", target_l0)):
-        if value and value > dict_vec_size:
-            raise InputError(f"--{flag} of at most {dict_vec_size} (the features) needed, got {value}")
-    defaults = {
-        "lr_warmup_batches": 0 if name == "relu" else min(1000, num_batches // 20),
-        "lr_decay_batches": 0 if name == "relu" else num_batches // 5,
-        "scale_dataset": name != "relu" and not flags["normalize_dataset"],
-    }
-    given = {flag: value if flags[flag] is None else flags[flag] for flag, value in defaults.items()}
-    auxk = topk and not flags["neuron_resampling_method"]
-    return given | {"num_batches": num_batches, "k": k, "target_l0": target_l0, "auxk": auxk}
-
-
-class Schedule(NamedTuple):
-    """Shares of the learning rate and of the penalty over a run; named after the flags, 0: off."""
-
-    num_batches: int
-    lr_warmup_batches: int
-    lr_decay_batches: int
-    l1_warmup_batches: int
-
-    def learning_rate(self, batch):
-        """Up from 0 in a line, down to 0 in a line at the end. batch: steps done before this one."""
-        left = (self.num_batches - batch) / self.lr_decay_batches if self.lr_decay_batches else 1
-        return min(1, left) * _rise(batch, self.lr_warmup_batches)
-
-    def penalty(self, batch):
-        return _rise(batch, self.l1_warmup_batches)
-
-
-CONSTANT = Schedule(0, 0, 0, 0)
-
-
-def _rise(batch, length):
-    return min(1, (batch + 1) / length) if length else 1
 
 
 def copies(ae, dtype):
@@ -179,14 +132,9 @@ def gradients(ae, copies, x_ND, weight=0.0, target_l0=None, watched=None):
     matters_NF = pre_NF > edge
     limit = SPARSE_BELOW.get((pre_NF.device.type, pre_NF.dtype), 0)
     few = limit and int(matters_NF.count_nonzero()) < limit * pre_NF.numel()
-
-    def through(g, pre, cut, f):
-        return _through(ae, len(x_ND), weight, target_l0, width, g, pre, cut, f)
-
-    if few:
-        found = sparse(ae, x_ND, encoded, matters_NF, through)
-    else:
-        found = dense(ae, copies, x_ND, encoded, through)
+    through = functools.partial(_through, ae, len(x_ND), weight, target_l0, width)
+    parts = (x_ND, encoded, through)
+    found = sparse(ae, matters_NF, *parts) if few else dense(ae, copies, *parts)
     if watched and watched.count:
         aux = _auxk(ae, copies, encoded, found.error_ND, watched)
         found = found._replace(penalty=found.penalty + (ae.here.rank == 0) * aux)
@@ -211,7 +159,7 @@ def _through(ae, rows, weight, target_l0, width, g, pre, cut, f):
 
 
 def dense(ae, copies, x_ND, encoded, through):
-    """The reference."""
+    """By products of whole matrices."""
     f_NF = encoded.features()
     error_ND = reconstruct(ae, copies, x_ND, f_NF)
     g_ND = (error_ND * (2 / len(x_ND))).to(f_NF.dtype)
@@ -229,8 +177,8 @@ def dense(ae, copies, x_ND, encoded, through):
     return Found(error_ND, penalty, f_NF.sign().sum(0, dtype=torch.float32).long(), encoded.cut)
 
 
-def sparse(ae, x_ND, encoded, matters_NF, through):
-    """The same for the entries that matter alone, in float32: the four products after the encoder's."""
+def sparse(ae, matters_NF, x_ND, encoded, through):
+    """The same by the entries that matter alone, in float32: the four products after the encoder's."""
     (rows, width), place_S = matters_NF.shape, matters_NF.view(-1).nonzero()[:, 0]
     row_S, feature_S = place_S // width, place_S % width
     ends_N = torch.bincount(row_S, minlength=rows).cumsum(0)
@@ -260,10 +208,11 @@ def sparse(ae, x_ND, encoded, matters_NF, through):
 
 
 def _auxk(ae, copies, encoded, error_ND, watched):
-    """The dead features that come nearest to firing are asked for what the others left (Gao et al.)."""
+    """The dead features that come nearest to firing are trained on what the others left (Gao et al.)."""
     numbers_K, most = watched.numbers_K, error_ND.shape[1] // 2
+    # Those alive stay out of it, as what is negative does.
     W_dec_KD, pre_NK = copies.W_dec_FD[numbers_K], encoded.pre_NF[:, numbers_K]
-    pre_NK = torch.where(watched.dead_K, pre_NK, 0)  # the others stay out of it as what is negative does
+    pre_NK.masked_fill_(~watched.dead_K, 0)
     f_NK = largest(pre_NK, min(watched.count, most), ae.here if watched.count > most else ALONE)
     rest_ND = ae.here.total((f_NK @ W_dec_KD).float()).add_(error_ND)
     g_ND = (rest_ND * (2 * AUX / len(rest_ND))).to(f_NK.dtype)

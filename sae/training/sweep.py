@@ -7,13 +7,8 @@ from sae import InputError
 from sae.artifacts import atomic_write
 from sae.plots import draw, pareto
 
-SWEPT = (
-    "l1_coefficient",
-    "learning_rate",
-    "dict_vec_size",
-    "k",
-    "target_l0",
-)  # flags that take several values
+# Flags that take several values.
+SWEPT = ("l1_coefficient", "learning_rate", "dict_vec_size", "k", "target_l0")
 FIGURES = ("l0", "explained_variance", "loss_recovered", "loss_recovered_interval", "dead_share")
 
 
@@ -46,8 +41,6 @@ def check_place(path, names):
 
 def write(path, folders):
     """sweep.jsonl, a line for each checkpoint of each run, from what their folders hold; and its picture."""
-    if len(folders) == 1:
-        return
     for partial in path.glob(".sweep.*.partial"):  # what a kill in the middle of writing left
         partial.unlink()
     lines = []

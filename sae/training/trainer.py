@@ -3,6 +3,7 @@
 Dims: N rows of a batch, D act_vec_size, F dict_vec_size.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +21,26 @@ FREQUENCY_TOKENS = 2**20  # about the latest so many tokens a checkpoint's frequ
 FREQUENCY_BLOCKS = 8  # they are counted in blocks of batches, the oldest of which is dropped for a new one
 FIRST_ROWS = 8192  # of the first buffer that decide how a run starts
 AUX_WINDOW = 100  # batches without firing after which AuxK takes care of a feature
+
+
+class Schedule(NamedTuple):
+    """Shares of the learning rate and of the penalty over a run; named after the flags, 0: off."""
+
+    num_batches: float
+    lr_warmup_batches: int = 0
+    lr_decay_batches: int = 0
+    l1_warmup_batches: int = 0
+
+    def learning_rate(self, batch):
+        """Up from 0 in a line, down to 0 in a line at the end. batch: steps done before this one."""
+        left = (self.num_batches - batch) / max(1, self.lr_decay_batches)
+        return min(1, (batch + 1) / max(1, self.lr_warmup_batches)) * min(1, left)
+
+    def penalty(self, batch):
+        return min(1, (batch + 1) / max(1, self.l1_warmup_batches))
+
+
+CONSTANT = Schedule(math.inf)
 
 
 def geometric_median(x_ND, steps=100, tolerance=1e-6):
@@ -47,8 +68,7 @@ class Trainer:
 
     def __init__(
         self, autoencoder, learning_rate, l1_coefficient, matmul_dtype=torch.float32, *,
-        schedule=steps.CONSTANT, target_l0=None, scale_dataset=False, auxk=False,
-        frequency_block=512,
+        schedule=CONSTANT, target_l0=None, scale_dataset=False, auxk=False, frequency_block=512,
     ):  # fmt: skip
         self.autoencoder, self.l1_coefficient, self.dtype = autoencoder, l1_coefficient, matmul_dtype
         self.here = autoencoder.here
@@ -71,7 +91,6 @@ class Trainer:
         self._watched = None
         self._refresh()
 
-    @torch.no_grad()
     def _refresh(self):
         self._copies = steps.copies(self.autoencoder, self.dtype)
 
@@ -80,7 +99,8 @@ class Trainer:
         """Train on one batch of LLM activations (any float dtype)."""
         ae, x_ND = self.autoencoder, self._inputs(x_ND)
         weight = self.l1_coefficient * self.schedule.penalty(self.batch)
-        found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, self._watch())
+        watched = self._watch() if self.auxk else None
+        found = steps.gradients(ae, self._copies, x_ND, weight, self.target_l0, watched)
         if ae.architecture == "batchtopk":
             # A running mean of the smallest value kept, at first over all batches.
             share = max(steps.THRESHOLD_SHARE, 1 / (self.batch + 1))
@@ -95,25 +115,19 @@ class Trainer:
         self.batch += 1
 
     def _watch(self):
-        """What AuxK has to know of dead features.
-
-        A GPU is asked with every line of the log alone: all that may be dead before the next are watched.
-        """
-        if not self.auxk:
-            return None
+        """For AuxK. A GPU is asked every LOG_INTERVAL batches, for what may be dead before the next time."""
         interval = 1 if self.silent_F.device.type in steps.READ_AT_ONCE else LOG_INTERVAL
         if self._watched is None or self.batch % interval == 0:
             numbers_K = (self.silent_F > AUX_WINDOW - interval).nonzero()[:, 0]
-            self._watched = numbers_K, self.here.sum(len(numbers_K))
-        numbers_K, count = self._watched
-        return steps.Watched(numbers_K, self.silent_F[numbers_K] >= AUX_WINDOW, count)
+            self._watched = steps.Watched(numbers_K, None, self.here.sum(len(numbers_K)))
+        return self._watched._replace(dead_K=self.silent_F[self._watched.numbers_K] >= AUX_WINDOW)
 
     @torch.no_grad()
     def update(self):
         """Adam, on gradients that leave the rows of W_dec at unit norm; then make the norm exact."""
         ae = self.autoencoder
         if ae.architecture in ("topk", "batchtopk"):
-            self._clip(1.0)
+            self._clip()
         copies = {ae.W_enc: self._copies.W_enc_FD, ae.W_dec: self._copies.W_dec_FD}
         for group in self.optimizer.param_groups:
             (one,), state = group["params"], self.optimizer.state[group["params"][0]]
@@ -122,15 +136,15 @@ class Trainer:
         if ae.architecture == "jumprelu":
             ae.threshold.clamp_(min=0)
 
-    def _clip(self, most):
-        """Gradients whose norm over all processes' features is `most` at most."""
+    def _clip(self):
+        """Gradients whose norm over all processes' features is 1 at most."""
         ae, here = self.autoencoder, self.here
         grads = [one.grad for one in self.trained if here.rank == 0 or one is not ae.b_dec]
         # In float32 also where products are bfloat16: each of the norms would be rounded to 3 digits.
         norm = torch.stack([torch.linalg.vector_norm(grad, dtype=torch.float32) for grad in grads]).norm()
         if here.count > 1:
             norm = here.total(norm.square()).sqrt()
-        torch.nn.utils.clip_grads_with_norm_(self.trained, most, norm)
+        torch.nn.utils.clip_grads_with_norm_(self.trained, 1.0, norm)
 
     def _inputs(self, rows_ND):
         """Activations as the encoder sees them: float32, scaled."""
@@ -224,7 +238,10 @@ class Trainer:
         Of several processes the first gets that of all, tensor by tensor: the same as of one. Any number of
         them may go on from it.
         """
-        return self._parts(self.here.whole, {name: getattr(self, name) for name in _COUNTERS} | {
+        return self._parts(self.here.whole, {
+            "batch": self.batch,
+            "fired_RF": self.fired_RF,
+            "silent_F": self.silent_F,
             "losses": self._losses(),
             "weights": self.autoencoder.state_dict(),
             "adam": self.optimizer.state_dict(),
@@ -236,31 +253,25 @@ class Trainer:
         self.autoencoder.factor = state["factor"]
         self.autoencoder.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["adam"])
-        device = self.silent_F.device
-        for name in _COUNTERS:
-            value = state[name]
-            setattr(self, name, value.to(device) if isinstance(value, torch.Tensor) else value)
-        self.losses = list(state["losses"].to(device) * (self.here.rank == 0))
-        self._watched = None
+        self.fired_RF.copy_(state["fired_RF"])
+        self.silent_F.copy_(state["silent_F"])
+        self.losses = list(state["losses"].to(self.silent_F.device) * (self.here.rank == 0))
+        self.batch, self._watched = state["batch"], None
         self._refresh()
 
     def _parts(self, part, state):
         """The state with `part(tensor, dim)` in place of whatever has features along one of its dims."""
         names = [name for name, one in self.autoencoder.named_parameters() if one.requires_grad]
-        moments = {
-            number: {key: part(value, FEATURES[names[number]]) if value.dim() else value
-                     for key, value in of_one.items()}
-            for number, of_one in state["adam"]["state"].items()
-        }  # fmt: skip
+        moments = {number: dict(of_one) for number, of_one in state["adam"]["state"].items()}
+        for number, of_one in moments.items():
+            for key in ("exp_avg", "exp_avg_sq"):
+                of_one[key] = part(of_one[key], FEATURES[names[number]])
         return state | {
             "fired_RF": part(state["fired_RF"], 1),
             "silent_F": part(state["silent_F"], 0),
             "weights": {name: part(value, FEATURES[name]) for name, value in state["weights"].items()},
             "adam": state["adam"] | {"state": moments},
         }
-
-
-_COUNTERS = ("batch", "fired_RF", "silent_F")
 
 
 def new_trainer(config, device, matmul_dtype, here=ALONE):
@@ -271,11 +282,11 @@ def new_trainer(config, device, matmul_dtype, here=ALONE):
     rng = torch.Generator().manual_seed(config["seed"])
     sizes, normalize = (config["act_vec_size"], config["dict_vec_size"]), config["normalize_dataset"]
     autoencoder = Autoencoder(*sizes, normalize, rng, device, config["architecture"], config["k"], here)
-    # Of a short run not more than its second half: the first batches fire like nothing that comes later.
+    # In a short run at most the second half of it: at the beginning features fire otherwise than later.
     window = min(FREQUENCY_TOKENS // config["batch_size_autoencoder"], config["num_batches"] // 2)
     return Trainer(
         autoencoder, config["learning_rate"], config["l1_coefficient"], matmul_dtype,
-        schedule=steps.Schedule(*(config[name] for name in steps.Schedule._fields)),
+        schedule=Schedule(*(config[name] for name in Schedule._fields)),
         frequency_block=max(1, window // FREQUENCY_BLOCKS),
         **{name: config[name] for name in ("target_l0", "scale_dataset", "auxk")},
     )  # fmt: skip

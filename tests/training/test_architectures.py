@@ -11,6 +11,7 @@ from sae.autoencoder import ARCHITECTURES, load_checkpoint, save_checkpoint
 from sae.models import load_model
 from sae.training import steps, trainer
 from sae.training.buffer import ShuffleBuffer
+from sae.training.config import of_architecture
 from sae.training.folder import RunFolder
 from sae.training.trainer import Resampling, new_trainer, train
 
@@ -23,7 +24,7 @@ FLAGS = {
 
 def config_of(architecture, num_batches, batch_size=128, **more):
     flags = FLAGS | {"architecture": architecture} | more
-    return flags | steps.settings(flags, num_batches, 256) | {
+    return flags | of_architecture(flags, num_batches, 256) | {
         "seed": 0, "learning_rate": 1e-3, "l1_coefficient": 1.0, "act_vec_size": 1536, "dict_vec_size": 256,
         "batch_size_autoencoder": batch_size, "hookpoint": "model.layers.2.mlp.act_fn", "model_name": "m",
         "layer_id": 2, "layer_type": "mlp_activations",
@@ -114,13 +115,11 @@ def test_the_tracked_threshold_is_the_mean_of_the_smallest_values_kept(real_rows
 
 
 def test_schedules_by_hand():
-    schedule = steps.Schedule(num_batches=100, lr_warmup_batches=10, lr_decay_batches=20, l1_warmup_batches=5)
+    schedule, constant = trainer.Schedule(100, 10, 20, 5), trainer.CONSTANT
     rates = {batch: schedule.learning_rate(batch) for batch in (0, 4, 9, 10, 80, 90, 99)}
     assert rates == pytest.approx({0: 0.1, 4: 0.5, 9: 1, 10: 1, 80: 1, 90: 0.5, 99: 0.05})
     assert [schedule.penalty(batch) for batch in (0, 3, 4, 50)] == pytest.approx([0.2, 0.8, 1, 1])
-    assert {steps.CONSTANT.learning_rate(batch) * steps.CONSTANT.penalty(batch) for batch in (0, 9, 99)} == {
-        1
-    }
+    assert {constant.learning_rate(batch) * constant.penalty(batch) for batch in (0, 9, 99)} == {1}
 
 
 def test_schedules_reach_the_step(real_rows):
@@ -146,7 +145,7 @@ def test_defaults_and_refusals_of_the_flags():
     assert not config_of("topk", 10, neuron_resampling_method="anthropic")["auxk"]
     assert not config_of("topk", 10, normalize_dataset=True)["scale_dataset"]
     assert config_of("jumprelu", 10)["target_l0"] == 32
-    assert steps.settings(FLAGS | {"architecture": "jumprelu"}, 10, 20)["target_l0"] == 20
+    assert of_architecture(FLAGS | {"architecture": "jumprelu"}, 10, 20)["target_l0"] == 20
     for more, words in [
         ({"architecture": "relu", "k": 3}, "--k needs --architecture topk or batchtopk, got relu"),
         ({"architecture": "topk", "target_l0": 3.0}, "--target_l0 needs --architecture jumprelu, got topk"),

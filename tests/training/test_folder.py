@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,10 @@ import sae.training.folder as room
 from sae import InputError
 from sae.artifacts import save_pt
 from sae.autoencoder import Autoencoder
+from sae.processes import Processes
+from sae.training import sweep
 from sae.training.folder import RunFolder, tensorboard
+from sae.training.run import Run
 from sae.training.trainer import Trainer
 
 FIGURES = {
@@ -194,6 +198,35 @@ def test_what_ails_the_thread_is_raised(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space left"):
             call()
     assert (tmp_path / "resume.pt").read_bytes() == before
+
+
+def test_a_full_disk_of_the_first_process_is_told_to_all(tmp_path, monkeypatch):
+    """Whatever it writes; `first_decides` ends the others with the reason."""
+    told = []
+
+    class Two(Processes):
+        def everyone(self, value):
+            told.append(value)
+            return [value, None]
+
+    def fails(*_what):
+        raise OSError("No space left")
+
+    here = Two(0, 2, "cpu")
+    folder = RunFolder(tmp_path, {}, False, here=here)
+    folder._handle.close()
+    folder._handle = open("/dev/full", "ab", buffering=0)  # noqa: SIM115, always full, of no length
+    monkeypatch.setattr(sweep, "write", fails)
+    run = Run(**dict.fromkeys(Run._fields) | {"folders": [folder] * 2, "here": here})
+    for write, words in (
+        (lambda: folder.append([{"event": "log"}]), "No space left"),
+        (lambda: folder.start(SimpleNamespace(batch=0)), "Invalid argument"),
+        (run.compare, "No space left"),
+    ):
+        told.clear()
+        with pytest.raises(OSError, match=words):
+            write()
+        assert words in told[-1]
 
 
 def write_all_the_time(path):

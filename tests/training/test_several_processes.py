@@ -158,6 +158,7 @@ def test_a_dry_run_says_what_each_needs_and_what_is_exchanged(two):
     assert 0.4 < half / one < 0.6
     line = f"{96 * 48 * 4} for rows, {96 * 48 * 4} (twice while features are dead) for reconstructions"
     assert line in said[2] and "exchange" not in said[1]
+    assert "state to write 0.13," in said[2] and "to write" not in said[1]  # 28 bytes of 48 x 100,000
     assert not (two / "dry").exists()
 
 

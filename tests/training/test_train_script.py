@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_dataset
 
-from sae.training.run import forecast
+from sae.training.plan import forecast
 
 SCRIPT = "train_autoencoder_from_tokens.py"
 

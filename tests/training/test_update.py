@@ -82,7 +82,7 @@ def test_gradients_in_bfloat16_are_clipped_by_their_norm_in_float32():
     for number, one in enumerate(trainer.trained):
         one.grad, one.grad_dtype = None, torch.bfloat16
         one.grad = rows(one.numel(), number, width=1).view(one.shape).bfloat16() / 9
-    trainer._clip(1.0)
+    trainer._clip()
     grads = torch.cat([one.grad.float().flatten() for one in trainer.trained])
     assert grads.norm().item() == pytest.approx(1, abs=1e-3)
 
