@@ -86,8 +86,8 @@ class SharedBuffer(ShuffleBuffer):
         slots = self._block_batches(0) * batch_size
         self._rows_device, self._here = torch.device(device), here
         self._place_N = torch.full((slots,), -1)
-        self._free_N = torch.arange(own_rows(slots, burst, here.count))  # the first `_free` of them are free
-        self._free = len(self._free_N)
+        self._size = own_rows(slots, burst, here.count)
+        self._free_N = torch.arange(self._size)  # places for rows to come
 
     def rows(self, slots):
         """The rows in these slots: [n, D], at every process."""
@@ -97,20 +97,17 @@ class SharedBuffer(ShuffleBuffer):
         return self._here.placed(own_nD, self._sent(own), len(slots))
 
     def _allocate(self, _size):
-        width = self._chunk.shape[1]
-        self._rows_ND = self._chunk.new_empty(len(self._free_N), width, device=self._rows_device)
+        self._rows_ND = self._chunk.new_empty(self._size, self._chunk.shape[1], device=self._rows_device)
 
     def _write(self, slots_N, new_ND):
         place_N = self._place_N[slots_N]  # of rows that have been drawn
-        left_N = place_N[place_N >= 0]
-        self._free_N[self._free : self._free + len(left_N)] = left_N
-        self._free += len(left_N)
+        if (place_N >= 0).any():
+            self._free_N = torch.cat([place_N[place_N >= 0], self._free_N])
         self._place_N[slots_N] = -1
         if new_ND.is_meta:
             return
-        self._free -= len(slots_N)
-        assert self._free >= 0, "own_rows is too few"
-        place_N = self._free_N[self._free : self._free + len(slots_N)]
+        assert len(slots_N) <= len(self._free_N), "own_rows is too few"
+        place_N, self._free_N = self._free_N[: len(slots_N)], self._free_N[len(slots_N) :]
         self._place_N[slots_N] = place_N
         self._rows_ND[self._sent(place_N)] = new_ND.to(self._rows_device)
 

@@ -88,32 +88,32 @@ def _cut(ae, pre_NF):
     if ae.architecture == "jumprelu":
         return ae.threshold
     if ae.architecture == "topk":
-        smallest = _largest(pre_NF, ae.k, ae.here)
+        smallest = _kth_largest(pre_NF, ae.k, ae.here)
     elif ae.architecture == "batchtopk":
-        smallest = _largest_of_all(pre_NF, ae.k * len(pre_NF), ae.threshold[0] / 2, ae.here)
+        smallest = _kth_of_batch(pre_NF, ae.k * len(pre_NF), ae.threshold[0] / 2, ae.here)
     else:
         return pre_NF.new_zeros(())
     return torch.nextafter(smallest, smallest.new_zeros(())).clamp_min_(0)
 
 
-def _largest(pre_NF, k, here):
+def _kth_largest(pre_NF, k, here):
     """[N, 1]: the k-th largest number of each row, over the features of all processes."""
     return least(pre_NF.topk(min(k, pre_NF.shape[1]), dim=1, sorted=False).values, k, here)
 
 
-def _largest_of_all(pre_NF, count, floor, here):
+def _kth_of_batch(pre_NF, count, floor, here):
     """[]: the `count`-th largest number of a batch; quick on a CPU where enough of them lie above `floor`."""
     flat = pre_NF.view(-1)
     if flat.device.type in READ_AT_ONCE:
         above = flat[(flat > floor).nonzero()[:, 0]]
         flat = above if here.sum(len(above)) >= count else flat
-    return _largest(flat[None], count, here)[0, 0]
+    return _kth_largest(flat[None], count, here)[0, 0]
 
 
 def first_threshold(ae, copies, x_ND, target_l0):
     """The threshold above which target_l0 features of a row fire, on average over a batch."""
     pre_NF = encode(ae, copies, x_ND).pre_NF
-    return _largest_of_all(pre_NF, max(1, round(target_l0 * len(x_ND))), 0, ae.here).clamp(min=0)
+    return _kth_of_batch(pre_NF, max(1, round(target_l0 * len(x_ND))), 0, ae.here).clamp(min=0)
 
 
 def reconstruct(ae, copies, x_ND, f_NF):

@@ -86,7 +86,7 @@ class Trainer:
         # On how many rows each feature fired, a line for each of the latest R blocks of batches.
         self.fired_RF = torch.zeros(FREQUENCY_BLOCKS + 1, features, dtype=torch.int32, device=device)
         self.silent_F = torch.zeros(features, dtype=torch.int64, device=device)  # batches since firing
-        # Per batch since the last log line: [squared error, penalty, L0] per row; shares that add up.
+        # Of each batch since the last log line: [squared error, penalty, L0] per row, this process's part.
         self.losses = []
         self._watched = None
         self._refresh()

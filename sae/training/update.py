@@ -14,7 +14,7 @@ import functools
 import torch
 
 BETAS, EPS = (0.9, 0.999), 1e-8
-# Numbers in a block. On CUDA the kernel keeps one of them of each for a moment.
+# Numbers in a block; where nothing is compiled, operations make temporaries of that size.
 BLOCK = {"cpu": 400_000, "cuda": 2**24}
 
 

@@ -109,7 +109,7 @@ def test_the_smallest_value_that_batchtopk_keeps_wherever_the_floor_is(read, mon
     pre_NF = rows(16, width=20)
     sorted_S = pre_NF.flatten().sort(descending=True).values
     for floor in (-100, sorted_S[40], sorted_S[39], 100):
-        assert steps._largest_of_all(pre_NF, 40, floor, ALONE) == sorted_S[39]
+        assert steps._kth_of_batch(pre_NF, 40, floor, ALONE) == sorted_S[39]
 
 
 @pytest.mark.parametrize(("target_l0", "fired"), [(0.001, 1), (3.0, 192), (20, 1280)])
