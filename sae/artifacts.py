@@ -1,4 +1,4 @@
-"""Artifacts on disk: atomic writes, fingerprints, and torch files that are never unpickled."""
+"""Artifacts on disk: atomic writes, fingerprints, torch files that are never unpickled, a run's metrics."""
 
 import fcntl
 import hashlib
