@@ -525,7 +525,7 @@ def test_a_dead_server_costs_the_work_one_short_wait(proxy, client, index, monke
     writer = Writer(there, index, 60)
     for dim in range(1000):
         writer.submit([document(dim)])
-    assert proxy.requests == 1
+        assert proxy.requests == 1
     assert "timed out" in writer.trouble
     monkeypatch.setattr(elastic, "LONGEST_PAUSE_S", 0)
     writer._next_try = 0  # as if the pause were over
