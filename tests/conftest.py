@@ -18,11 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 # Files of tests that take longest: first, so that two workers end about together.
-FIRST = ("several_processes", "interpret_faults", "train_script", "end_to_end", "report_browser", "workers")
+FIRST = ("train_script", "end_to_end", "processes", "interpret_faults", "test_run", "workers", "exact")
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.path.stem.endswith(FIRST))
+    items.sort(key=lambda item: [not item.path.stem.endswith(name) for name in FIRST])
 
 
 @pytest.fixture(scope="session")
