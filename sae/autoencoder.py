@@ -90,7 +90,7 @@ class Autoencoder(nn.Module):
 def _directions(features, width, rng, own):
     """Random rows of unit norm [own, D] out of [features, D]: the same whatever the share is.
 
-    Blocks of whole 16 numbers are drawn one after the other as all of them at once.
+    torch draws 16 numbers at a time: blocks of a multiple of it are what all at once would be.
     """
     rows, starts = [], range(0, max(1, features - 16), 4096)
     for start, end in zip(starts, (*starts[1:], features), strict=True):
