@@ -275,7 +275,7 @@ class Trainer:
 
 
 def new_trainer(config, device, matmul_dtype, here=ALONE):
-    """A Trainer with first weights drawn from the seed; config: what `run.run_config` gave.
+    """A Trainer with first weights drawn from the seed; config: what `run_config` gave.
 
     Of several processes (`here`) each gets its share of the features.
     """
