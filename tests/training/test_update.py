@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sae.autoencoder import ARCHITECTURES, Autoencoder
 from sae.training import steps, update
+from sae.training.buffer import ShuffleBuffer
 from sae.training.trainer import Trainer
 
 
@@ -138,14 +139,14 @@ def aided(architecture, device="cpu", dtype=torch.float32, rows_ND=None):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_as_a_gpu_takes_it_reads_nothing_and_is_the_same(architecture, monkeypatch):
-    """What CUDA would be given, run here: features that die meanwhile are cared for as soon as on a CPU."""
-    losses, found, x_ND = [], [], rows(64, width=10)
+    """What CUDA would be given, run here, buffer and all: what dies meanwhile is cared for as on a CPU."""
+    losses, found, rows_ND = [], [], rows(320, width=10)
     for read, reading in (({"cpu"}, contextlib.nullcontext()), (set(), NothingRead())):
         monkeypatch.setattr(steps, "READ_AT_ONCE", read)
         monkeypatch.setattr(steps, "SPARSE_BELOW", {})
-        one = aided(architecture, rows_ND=x_ND)
+        one = aided(architecture, rows_ND=rows_ND[:64])
         with reading:
-            for _ in range(4):
+            for x_ND in ShuffleBuffer(iter([rows_ND]), 64, 4, 2, seed=0).batches():
                 one.step(x_ND)
         losses.append(torch.stack(one.losses))
         found.append(one.autoencoder.state_dict())
