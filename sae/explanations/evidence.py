@@ -64,14 +64,10 @@ class Context(NamedTuple):
     def visible(self):
         return [visible(text) for text in self.texts]
 
-    def peak(self):
-        return int(self.values_T.argmax())
-
     def around_peak(self, tokens):
         """This context, or so many tokens of it with the strongest in the middle."""
-        start = max(0, min(self.peak() - tokens // 2, len(self.texts) - tokens))
-        end = start + tokens
-        return Context(self.row, self.texts[start:end], self.values_T[start:end])
+        start = max(0, min(int(self.values_T.argmax()) - tokens // 2, len(self.texts) - tokens))
+        return Context(self.row, self.texts[start : start + tokens], self.values_T[start : start + tokens])
 
     def document(self):
         """The part of a document: the text, and where in it the tokens stand on which the feature fires."""
@@ -119,23 +115,21 @@ def roles(kind_K, rows_K, peak_K, document_K, num_shown, num_scored, num_judging
     """
     owner, taken = {}, ([], [], [])
     there = [k for k in range(len(rows_K)) if rows_K[k] >= 0]
-    fires = [[k for k in there if kind_K[k] == kind and peak_K[k] > 0] for kind in (TOP, SPREAD)]
-    drawn = [k for k in there if kind_K[k] == RANDOM]
 
     def deal(places, most):
-        """In turn to the role with the smallest part of what it may have."""
+        """Each to the role that has the smallest part of the `most` that it may have, if its document may."""
         for k in places:
-            open_roles = [r for r in range(3) if len(taken[r]) < most[r]]
-            open_roles = [r for r in open_roles if owner.get(document_K[k], r) == r]
-            if open_roles:
-                role = min(open_roles, key=lambda r: len(taken[r]) / most[r])
+            free = [r for r in range(3) if len(taken[r]) < most[r] and owner.get(document_K[k], r) == r]
+            if free:
+                role = min(free, key=lambda r: len(taken[r]) / most[r])
                 owner[document_K[k]] = role
                 taken[role].append(k)
 
-    for places in fires:
-        deal(places, (num_shown, num_judging, num_scored))
-    firing = [len(places) for places in taken]
-    deal(drawn, (0, firing[1] + num_judging, firing[2] + num_scored))
+    for kind in (TOP, SPREAD):
+        firing = [k for k in there if kind_K[k] == kind and peak_K[k] > 0]
+        deal(firing, (num_shown, num_judging, num_scored))
+    drawn = [k for k in there if kind_K[k] == RANDOM]
+    deal(drawn, (0, len(taken[1]) + num_judging, len(taken[2]) + num_scored))
     return Roles(*taken)
 
 
@@ -166,29 +160,26 @@ class Plan:
         self.count = len(wanted)
         self._texts = {}
 
-    def dims(self, places):
-        return self.samples.features[places].tolist()
-
     def pending(self, done):
         """The numbers of the groups whose features are not all among `done`."""
-        return [number for number, group in enumerate(self.groups) if not done >= set(self.dims(group))]
+        dims = [set(self.samples.features[group].tolist()) for group in self.groups]
+        return [number for number, group in enumerate(dims) if not group <= done]
 
     def feature(self, f):
         """The Feature at place `f` of the samples."""
         samples, chosen = self.samples, self.settings
-        skip = samples.config.get("skip_positions", 0)
+        rows_K, skip = samples.rows[f], samples.config.get("skip_positions", 0)
         acts_KT = samples.activations[f, :, skip:].float()
         dealt = roles(
-            samples.kind[f].tolist(), samples.rows[f].tolist(), acts_KT.amax(-1).tolist(),
-            self._document[samples.rows[f]].tolist(), chosen.num_interpretation_samples,
-            chosen.num_simulation_samples,
-            JUDGING if chosen.num_explanations > 1 else 0,
+            samples.kind[f].tolist(), rows_K.tolist(), acts_KT.amax(-1).tolist(),
+            self._document[rows_K].tolist(), chosen.num_interpretation_samples,
+            chosen.num_simulation_samples, JUDGING if chosen.num_explanations > 1 else 0,
         )  # fmt: skip
 
         def context(row, values_T):
             return Context(row, self._texts_of(row, skip), values_T).around_peak(chosen.context_tokens)
 
-        contexts = [[context(int(samples.rows[f, k]), acts_KT[k]) for k in places] for places in dealt]
+        contexts = [[context(int(rows_K[k]), acts_KT[k]) for k in places] for places in dealt]
         rows = [] if samples.hard_rows is None else [row for row in samples.hard_rows[f].tolist() if row >= 0]
         silent = [context(row, torch.zeros_like(acts_KT[0])) for row in rows]
         dim = int(samples.features[f])
@@ -202,11 +193,8 @@ class Plan:
     def effects(self, f):
         """The fields promotes and suppresses: the tokens whose logits the feature raises and lowers most."""
         ids = {"promotes": self.samples.promoted, "suppresses": self.samples.suppressed}
-        texts = {
-            field: [] if of is None else token_texts(self._tokenizer, of[f].tolist())
-            for field, of in ids.items()
-        }
-        return {field: [typed(text) for text in there] for field, there in texts.items()}
+        of = {field: [] if ids_FK is None else ids_FK[f].tolist() for field, ids_FK in ids.items()}
+        return {field: list(map(typed, token_texts(self._tokenizer, some))) for field, some in of.items()}
 
     def _texts_of(self, row, skip):
         """The looked-at tokens of a context as text."""

@@ -275,21 +275,17 @@ def check_interpreter(model, tokenizer):
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     config = model.config.get_text_config()
-    if (
-        config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        and getattr(config, "is_decoder", None) is False
-    ):
+    fills_gaps = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if fills_gaps and getattr(config, "is_decoder", None) is False:
         raise InputError(f"an interpreter that writes needed, a {config.model_type} fills gaps in a text")
     digit_ids(tokenizer)
     most = getattr(config, "max_position_embeddings", None)
     for messages_about in (prompts.explain_messages, prompts.simulate_messages):
-        length = len(
-            tokenizer(split_chat(tokenizer, messages_about)[0], add_special_tokens=False)["input_ids"]
-        )
+        head, _ = split_chat(tokenizer, messages_about)
+        length = len(tokenizer(head, add_special_tokens=False)["input_ids"])
         if most and length > most:
-            raise InputError(
-                f"an interpreter that reads {length} tokens and more needed, this one reads {most}"
-            )
+            needed = f"an interpreter that reads {length} tokens and more needed"
+            raise InputError(f"{needed}, this one reads {most}")
 
 
 def digit_ids(tokenizer):

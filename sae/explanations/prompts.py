@@ -119,29 +119,6 @@ def explain_question(contexts):
     return text
 
 
-def explain_messages(question):
-    """Chat messages (system, few-shot, the question) that ask for an explanation."""
-    messages = [{"role": "system", "content": EXPLAIN}]
-    for explanation, shot in SHOTS:
-        messages.append({"role": "user", "content": explain_question([_shot(shot, EXPLAIN_TOP)])})
-        messages.append({"role": "assistant", "content": f"{REPLY} {explanation}."})
-    return [*messages, {"role": "user", "content": question}]
-
-
-def simulate_messages(explanation):
-    """Chat messages that ask for the activations of a feature that fires on what `explanation` says."""
-    messages = [{"role": "system", "content": SIMULATE}]
-    for shot_explanation, shot in SHOTS:
-        messages.append({"role": "user", "content": f"{REPLY}:\n{shot_explanation}"})
-        messages.append({"role": "assistant", "content": lines(*_shot(shot, SIMULATE_TOP)).rstrip("\n")})
-    return [*messages, {"role": "user", "content": f"{REPLY}:\n{explanation}"}]
-
-
-def _shot(shot, top):
-    tokens, numbers = zip(*(pair.rsplit(":", 1) for pair in shot.split("|")), strict=True)
-    return tokens, [round(int(number) * top / SIMULATE_TOP) for number in numbers]
-
-
 def excerpt_question(excerpts, counts):
     """The user's turn of the text hand: excerpts of code with marks, a line each, and what was counted."""
     return "".join(f"- {excerpt}\n" for excerpt in excerpts) + f"Counted: {counts}"
@@ -154,38 +131,47 @@ def excerpt(texts, active):
     return "".join(marked).replace("\n", "\\n").replace("\r", "").replace("\t", "\\t")
 
 
+def explain_messages(question):
+    """Chat messages that ask for an explanation of token<tab>activation lines."""
+    shots = [(explain_question([_shot(shot, EXPLAIN_TOP)]), f"{REPLY} {said}.") for said, shot in SHOTS]
+    return _messages(EXPLAIN, shots, question)
+
+
 def excerpt_messages(question):
     """Chat messages that ask for an explanation of marked excerpts."""
-    messages = [{"role": "system", "content": EXCERPTS}]
-    for explanation, *shot in EXCERPT_SHOTS:
-        messages.append({"role": "user", "content": excerpt_question(*shot)})
-        messages.append({"role": "assistant", "content": f"{REPLY} {explanation}."})
-    return [*messages, {"role": "user", "content": question}]
+    shots = [(excerpt_question(*shot), f"{REPLY} {said}.") for said, *shot in EXCERPT_SHOTS]
+    return _messages(EXCERPTS, shots, question)
 
 
-def token_messages(shots):
-    """What makes the chat messages that ask for a token on which a feature fires, after some examples."""
-
-    def ask(what):
-        return {"role": "user", "content": f"{REPLY} {what}."}
-
-    def messages(what):
-        turns = [{"role": "system", "content": TOKENS}]
-        for example, token in shots:
-            turns += [ask(example), {"role": "assistant", "content": f"{TOKEN_REPLY}{token}`."}]
-        return [*turns, ask(what)]
-
-    return messages
+def simulate_messages(explanation):
+    """Chat messages that ask for the activations of a feature that fires on what `explanation` says."""
+    shots = [(f"{REPLY}:\n{said}", lines(*_shot(shot, SIMULATE_TOP)).rstrip("\n")) for said, shot in SHOTS]
+    return _messages(SIMULATE, shots, f"{REPLY}:\n{explanation}")
 
 
-def yes_messages(explanation, question):
-    """What makes the chat messages that ask `question`, to be answered by yes or no, of a text."""
+def token_messages(shots, explanation):
+    """Chat messages that ask for a token on which a feature fires, after `shots` (explanation, token)."""
+    told = [(f"{REPLY} {said}.", f"{TOKEN_REPLY}{token}`.") for said, token in shots]
+    return _messages(TOKENS, told, f"{REPLY} {explanation}.")
 
-    def messages(text):
-        asked = f"A feature fires on {explanation}. {question} Answer yes or no.\n\n{text}"
-        return [{"role": "system", "content": STUDY}, {"role": "user", "content": asked}]
 
-    return messages
+def yes_messages(explanation, question, text):
+    """Chat messages that ask `question`, to be answered by yes or no, of a text."""
+    asked = f"A feature fires on {explanation}. {question} Answer yes or no.\n\n{text}"
+    return _messages(STUDY, (), asked)
+
+
+def _messages(system, shots, question):
+    """What it is about, some questions with their replies, the question."""
+    roles = ("user", "assistant")
+    turns = [(role, text) for shot in shots for role, text in zip(roles, shot, strict=True)]
+    turns = [("system", system), *turns, ("user", question)]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def _shot(shot, top):
+    tokens, numbers = zip(*(pair.rsplit(":", 1) for pair in shot.split("|")), strict=True)
+    return tokens, [round(int(number) * top / SIMULATE_TOP) for number in numbers]
 
 
 def sentence(reply):

@@ -102,29 +102,25 @@ def explained(plan, pending, here, parallel, explainer, stopping):
             return
 
 
-SHARES = {"written": 0.5, "explained": 0.2, "scored": 0.3}  # of the work on a feature, roughly
-
-
 class Bar(tqdm):
     """Features done; it moves with every explanation that is written and every score."""
 
     def __init__(self, plan, pending, shown):
         times = "[{elapsed}<{remaining}, {rate_fmt}{postfix}]"
         form = "{desc}{percentage:3.0f}%|{bar}| {n:.1f}/{total} features " + times
-        done = plan.count - sum(len(plan.groups[number]) for number in pending)
-        self._reached, self._since, settings = done, Counter(), plan.settings
-        written = settings.num_explanations - (settings.num_explanations > 1)  # counting writes one of them
-        self._each = {"written": written, "explained": 1, "scored": 1}
-        self._most = settings.batch_size
-        super().__init__(total=plan.count, initial=done, unit="feature", bar_format=form, disable=not shown)
+        written = plan.settings.num_explanations - (plan.settings.num_explanations > 1)  # counting writes one
+        # Of the work on a feature, roughly.
+        self._shares = {"written": 0.5 / written, "explained": 0.2, "scored": 0.3}
+        self._reached = plan.count - sum(len(plan.groups[number]) for number in pending)
+        self._since, self._most = Counter(), plan.settings.batch_size
+        start = {"total": plan.count, "initial": self._reached}
+        super().__init__(unit="feature", bar_format=form, disable=not shown, **start)
 
     def step(self, what, count=1):
         """`count` more of what a group of features takes: written, read, explained, scored."""
         self._since[what] += count
-        done = sum(
-            share * min(self._since[name] / self._each[name], self._most) for name, share in SHARES.items()
-        )
         self.set_postfix(self._since, refresh=False)
+        done = min(self._most, sum(share * self._since[name] for name, share in self._shares.items()))
         self.update(max(0, min(self._reached + done, self.total) - self.n))
 
     def reach(self, count):
@@ -136,14 +132,13 @@ class Bar(tqdm):
 
 def forecast(plan, explainer):
     """One line: what all features of the samples would take, by what a first group takes."""
-    started, places = time.monotonic(), plan.groups[0]
-    explainer.group(places)
+    started, features = time.monotonic(), len(plan.groups[0])
+    explainer.group(plan.groups[0])
     seconds, tokens = time.monotonic() - started, explainer.tokens_read()
-    each = f"{tokens / len(places):,.0f} tokens and {seconds / len(places):.1f} s each"
-    times = plan.count / len(places)
+    hours, millions = plan.count / features * seconds / 3600, plan.count / features * tokens / 1e6
     return (
-        f"{len(places)} features took {each}: {plan.count:,} would take {times * tokens / 1e6:,.1f} million "
-        f"tokens and {times * seconds / 3600:,.1f} hours"
+        f"{features} features took {tokens / features:,.0f} tokens and {seconds / features:.1f} s each: "
+        f"{plan.count:,} would take {millions:,.1f} million tokens and {hours:,.1f} hours"
     )
 
 

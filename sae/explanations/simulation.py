@@ -17,6 +17,7 @@ and C", each is read. That is a rule, not the LLM's understanding of the sentenc
 """
 
 import re
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -166,18 +167,17 @@ class Simulator:
 
     def yes(self, explanation, question, texts):
         """Log odds that the answer to a question about each text begins with yes, [texts]."""
-        messages = prompts.yes_messages(self.interpreter.plain(explanation), question)
-        return self.interpreter.yes(texts, messages, self._batch_size, self._progress)
+        about = partial(prompts.yes_messages, self.interpreter.plain(explanation), question)
+        return self.interpreter.yes(texts, about, self._batch_size, self._progress)
 
     def by_lines(self, explanation, contexts):
         """Digits after each token of a context, against those under the neutral explanation."""
-        keys = [(context.row, len(context.texts), tuple(context.texts[:4])) for context in contexts]
+        keys = [(context.row, *context.texts) for context in contexts]
         for key, context in zip(keys, contexts, strict=True):
             if key not in self._neutral:
                 self._neutral[key] = self._lines(prompts.NEUTRAL, [context])[0]
-        return contrasted(
-            self._lines(explanation, contexts), torch.stack([self._neutral[key] for key in keys])
-        )
+        neutral_CTd = torch.stack([self._neutral[key] for key in keys])
+        return contrasted(self._lines(explanation, contexts), neutral_CTd)
 
     def _lines(self, explanation, contexts):
         visible = [context.visible() for context in contexts]
@@ -229,25 +229,20 @@ class Simulator:
         if self.way == "expected":
             return
         phrases = {phrase for text in explanations for read in parsed(text) for phrase in read.phrases()}
-        if phrases <= self._phrases.keys():
-            return
         # Those of a length beside each other, so that little is filling.
         lacking = sorted(phrases - self._phrases.keys(), key=lambda phrase: (len(phrase), phrase))
+        if not lacking:
+            return
         self._base = self._base or [base_1V[0] for base_1V in self._log_p([prompts.NEUTRAL])]
-        over = [
-            log_p - (of.exp() + FLOOR).log()
-            for log_p, of in zip(self._log_p(lacking), self._base, strict=True)
-        ]
+        pairs = zip(self._log_p(lacking), self._base, strict=True)
+        over = [log_p_BV - (base_V.exp() + FLOOR).log() for log_p_BV, base_V in pairs]
         self._phrases |= zip(lacking, sum(over) / len(over), strict=True)
 
     def _log_p(self, phrases):
         """Of each question that asks for a token, log p [phrases, V] of what comes next."""
-        return [
-            self.interpreter.next_token(
-                phrases, prompts.token_messages(shots), prompts.TOKEN_REPLY, self._batch_size, self._progress
-            )
-            for shots in prompts.TOKEN_SHOTS
-        ]
+        how = {"begin": prompts.TOKEN_REPLY, "batch_size": self._batch_size, "progress": self._progress}
+        abouts = [partial(prompts.token_messages, shots) for shots in prompts.TOKEN_SHOTS]
+        return [self.interpreter.next_token(phrases, about, **how) for about in abouts]
 
 
 def spellings(text):

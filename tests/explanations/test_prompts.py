@@ -121,11 +121,11 @@ def test_an_excerpt_is_one_line_with_marks_that_code_cannot_have():
 
 
 def test_what_is_asked_of_a_text_and_for_a_token():
-    asked = prompts.yes_messages("the word import", "Does it fire?")("from x")
+    asked = prompts.yes_messages("the word import", "Does it fire?", "from x")
     assert (
         asked[-1]["content"]
         == "A feature fires on the word import. Does it fire? Answer yes or no.\n\nfrom x"
     )
-    plain = prompts.token_messages(())("commas")
+    plain = prompts.token_messages((), "commas")
     assert plain[-1]["content"] == "The feature fires on commas."
-    assert len(plain) == 2 and len(prompts.token_messages(prompts.TOKEN_SHOTS[1])("commas")) == 6
+    assert len(plain) == 2 and len(prompts.token_messages(prompts.TOKEN_SHOTS[1], "commas")) == 6
