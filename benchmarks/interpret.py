@@ -49,6 +49,7 @@ def naive(args):
 
     from sae import models
     from sae.explanations import Plan, Settings, open_material, prompts
+    from sae.explanations.chat import chat
     from sae.explanations.interpreter import Interpreter
 
     material = open_material(args.samples, args.dataset, args.autoencoder)
@@ -65,9 +66,7 @@ def naive(args):
     for context in feature.scored[: args.naive_contexts]:
         messages = prompts.simulate_messages(explanation)
         messages[-1]["content"] += "\n\nTokens:\n" + "\n".join(context.visible())
-        ids = tokenizer(interpreter.chat(messages), add_special_tokens=False, return_tensors="pt")[
-            "input_ids"
-        ]
+        ids = tokenizer(chat(tokenizer, messages), add_special_tokens=False, return_tensors="pt")["input_ids"]
         with torch.inference_mode():
             out = interpreter.model.generate(ids, max_new_tokens=1000, do_sample=False)
         written += out.shape[1] - ids.shape[1]

@@ -188,11 +188,13 @@ def questions(feature, count, seed):
         if number >= len(HANDS):
             shown = sorted(rng.sample(shown, (len(shown) + 1) // 2), key=shown.index)
         if shown and hand != "counted":
-            asked.append((hand, (excerpts if hand == "text" else numbers)(shown, feature.max_activation)))
+            asked.append(
+                (hand, excerpts(shown) if hand == "text" else numbers(shown, feature.max_activation))
+            )
     return asked
 
 
-def excerpts(contexts, _maximum):
+def excerpts(contexts):
     """The question of the hand that reads text: marked excerpts, and how often the tokens fired."""
     pieces = [context.around_peak(EXCERPT_TOKENS) for context in evenly(contexts, EXCERPTS)]
     fired, seen, mass = Counter(), Counter(), Counter()

@@ -258,9 +258,8 @@ class Writer(AbstractContextManager):
             self._try(math.inf, look=True)
             looks += not self.trouble
             if not self.trouble and (not self._waiting or looks == MOST_LOOKS):
-                self.trouble = (
-                    "ElasticSearch shows other documents than it was sent" if self._waiting else None
-                )
+                changed = "ElasticSearch shows other documents than it was sent"
+                self.trouble = changed if self._waiting else None
                 return
             if len(self._waiting) < fewest:
                 pause, since, fewest = FIRST_PAUSE_S, time.monotonic(), len(self._waiting)

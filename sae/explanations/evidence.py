@@ -117,7 +117,7 @@ def roles(kind_K, rows_K, peak_K, document_K, num_shown, num_scored, num_judging
     there = [k for k in range(len(rows_K)) if rows_K[k] >= 0]
 
     def deal(places, most):
-        """Each to the role that has the smallest part of the `most` that it may have, if its document may."""
+        """Each context to the role that is least filled; all of one document to the same role."""
         for k in places:
             free = [r for r in range(3) if len(taken[r]) < most[r] and owner.get(document_K[k], r) == r]
             if free:

@@ -114,7 +114,7 @@ class Explainer:
         return written
 
     def _judge(self, features, found, written, lines=False):
-        """Add the sentences of `written` to what was `found`; whoever said one first has said it.
+        """Add the sentences of `written` to what was `found`; one said twice is of the hand that came first.
 
         `lines`: judge again, and by lines too where the simulation does so.
         """

@@ -2,8 +2,8 @@
 
 Dims: B texts, L tokens of the interpreter, S tokens with those before, T positions read, V its vocabulary.
 
-Between the beginning that texts share and a text there is never filling, and none in front of it that the
-model's attention would count: what is read in a text does not depend on the texts beside it.
+What is read in a text does not depend on the texts beside it: the filling that makes them equally long stands
+behind a text or before the beginning that all share, never in between, and no attention looks at it.
 """
 
 import inspect
@@ -14,7 +14,7 @@ import torch
 
 from sae import InputError
 from sae.explanations import prompts
-from sae.explanations.chat import CUT, chat, plain, split_chat
+from sae.explanations.chat import CUT, plain, split_chat
 
 MOST_PREFIXES = 8  # whose keys and values are kept
 
@@ -27,12 +27,7 @@ class Prefix(NamedTuple):
 
 
 class Interpreter:
-    """`model`: any causal LM of transformers, a process's share of one too; `tokenizer` is its own.
-
-    `earlier`: what stands for the activations of earlier tokens while a later one is read off.
-    """
-
-    earlier = "0"
+    """`model`: any causal LM of transformers, a process's share of one too; `tokenizer` is its own."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model, tokenizer
@@ -50,11 +45,8 @@ class Interpreter:
         self._before = "\n" if tokenizer.tokenize("a")[0][0] in "▁Ġ" else ""
         self._prefixes, self.tokens_read = {}, 0
 
-    def chat(self, messages):
-        """The text that a reply goes on from; nothing in `messages` becomes a control token."""
-        return chat(self.tokenizer, [turn | {"content": self.plain(turn["content"])} for turn in messages])
-
     def plain(self, text):
+        """The text, none of which becomes a control token once it is encoded."""
         return plain(self.tokenizer, text)
 
     @torch.inference_mode()
@@ -182,13 +174,13 @@ class Interpreter:
 
     def _lines(self, tokens):
         """Ids of `token<tab>0` lines, and for each line the position whose logits predict its number."""
-        text = prompts.lines(tokens, [self.earlier] * len(tokens))
+        text = prompts.lines(tokens, ["0"] * len(tokens))
         ids, spans = self.encode(self.plain(text), self._before)
         starts = {start: place for place, (start, end) in enumerate(spans) if end > start}
         ends, at = [], 0
         for token in tokens:
             ends.append(at + len(token) + 1)
-            at = ends[-1] + len(self.earlier) + 1
+            at = ends[-1] + len("0\n")
         if any(place not in starts for place in ends):
             raise InputError("an interpreter whose tokenizer keeps digits apart needed, this one joins them")
         return ids, [starts[place] - 1 for place in ends]

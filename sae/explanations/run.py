@@ -37,11 +37,10 @@ def prepare(here, **flags):
     """The Work of the script's `flags`; in the first process after all that can be refused was looked at."""
     from sae import models
 
-    path = Path(flags["interpretation_samples_path"]).with_suffix(".explanations.jsonl")
+    samples_path = flags["interpretation_samples_path"]
+    path = Path(samples_path).with_suffix(".explanations.jsonl")
     settings = Settings(**{name: flags[name] for name in Settings._fields})
-    material = open_material(
-        flags["interpretation_samples_path"], flags["dataset_path"], flags["autoencoder_path"]
-    )
+    material = open_material(samples_path, flags["dataset_path"], flags["autoencoder_path"])
     plan = Plan(material, settings, flags["features"] or (), flags["max_features"])
     dtype = str(models.pick_dtype(flags["dtype"], here.device)).removeprefix("torch.")
     name, simulator = flags["interpretation_model_name"], flags["simulation_model_name"]

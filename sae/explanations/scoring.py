@@ -100,10 +100,8 @@ def yes_no(feature, explanation, yes, seed):
         places = (~on_T).nonzero()[:, 0]
         places = places[torch.randperm(len(places), generator=rng)[: int(on_T.sum())]]
         wrong.append(torch.zeros_like(on_T).index_fill(0, places, True))
-    marked = [
-        prompts.excerpt(context.texts, on_T.tolist())
-        for context, on_T in zip(firing + firing, right + wrong, strict=True)
-    ]
+    pairs = zip(firing + firing, right + wrong, strict=True)
+    marked = [prompts.excerpt(context.texts, on_T.tolist()) for context, on_T in pairs]
     plain, fields = ["".join(context.texts) for context in firing + silent], {}
     for name, question, texts in (("detection", FIRES, plain), ("fuzzing", MARKED, marked)):
         counts, value, reason = (len(firing), len(texts) - len(firing)), None, None

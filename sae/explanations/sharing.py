@@ -11,7 +11,7 @@ from transformers import DynamicCache
 class Shared(DynamicCache):
     """A cache for texts after a `beginning`: [(keys [1, H, P, D], values)], a pair for each layer.
 
-    Each layer's are joined with the texts' own while it attends. Where the cache `grows`, these are kept.
+    While a layer attends, its pair is joined with the texts' own, which are kept where the cache `grows`.
     """
 
     def __init__(self, beginning, grows):
@@ -46,9 +46,8 @@ class Shared(DynamicCache):
             return torch.cat([first_1HPD.expand(count, -1, -1, -1), own_BHOD], 2)
         if self._places_BS is None or self._places_BS.shape != (count, begin + own):
             place_S = torch.arange(begin + own, device=own_BHOD.device)
-            moved_BS = torch.where(
-                place_S < self._filled, (place_S - self.fill_B[:, None]) % self._filled, place_S
-            )
+            turned_BS = (place_S - self.fill_B[:, None]) % self._filled
+            moved_BS = torch.where(place_S < self._filled, turned_BS, place_S)
             text_B1 = own * torch.arange(count, device=own_BHOD.device)[:, None]
             self._places_BS = torch.where(moved_BS < begin, moved_BS, moved_BS + text_B1)
         # Each token's place among the beginning's and then all texts' own.

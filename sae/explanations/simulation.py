@@ -50,12 +50,12 @@ ANY = re.compile(
 )
 NAMED = re.compile(r"\b(words?|names?|identifiers?|variables?|attributes?)\b", re.IGNORECASE)
 BESIDE = re.compile(
-    r"(?P<what>.*?)(^|\s)((?P<line>in a line after)|(?P<after>after|following|follows?)|"
-    r"(?P<before>before|preceding))"
+    r"(?P<what>.*?)(^|\s)(?P<side>in a line after|after|following|follows?|before|preceding)"
     r"\s+(?!and\b|or\b)(?P<neighbour>.+)",
     re.IGNORECASE,
 )
-SIDES = {"line": "in a line after", "after": "after", "before": "before"}
+IN_LINE = "in a line after"
+SIDES = {IN_LINE: IN_LINE, "before": "before", "preceding": "before"}  # all others: after
 COMMENT = re.compile(r"(?P<what>.*?)\s+(in|of|inside|within)\s+(an?\s+|the\s+)?comments?\b.*", re.IGNORECASE)
 COMMENT_SIGNS = ("the token `#`", "the token `//`")
 CODE, HIDDEN, SUCH_AS = re.compile(r"`[^`]*`"), "\ue000", " such as "
@@ -85,15 +85,15 @@ def parsed(explanation):
     for part in parts or [plain.strip()]:  # semicolons alone are what it speaks of
         side, what, neighbour = None, part, ""
         if found := BESIDE.fullmatch(part):
-            side = next(name for name in SIDES if found[name])
+            side = SIDES.get(found["side"].lower(), "after")
             what, neighbour = found["what"].strip(), found["neighbour"]
         elif found := COMMENT.fullmatch(part):
-            side, what = "line", found["what"].strip()
+            side, what = IN_LINE, found["what"].strip()
         anything = bool(side and ANY.fullmatch(what))
         named = anything and bool(NAMED.search(what))
         what, neighbour = (re.sub(HIDDEN, lambda _: next(code), text) for text in (what, neighbour))
         beside = _sequence(neighbour, side) if neighbour else (COMMENT_SIGNS,) if side else ()
-        reads.append(Read(() if anything else _phrases(what), SIDES.get(side), beside, named))
+        reads.append(Read(() if anything else _phrases(what), side, beside, named))
     return reads
 
 
@@ -121,7 +121,7 @@ def _sequence(neighbour, side):
     """The phrases of each token beside: of code such as self. all its tokens, of anything else one."""
     text = KIND.sub("", neighbour).strip("`")
     pieces = re.findall(r"\w+|[^\w\s]", text)
-    if " " in text or len(pieces) < 2 or side == "line" or not any(map(str.isalnum, pieces)):
+    if " " in text or len(pieces) < 2 or side == IN_LINE or not any(map(str.isalnum, pieces)):
         return (_phrases(neighbour),)
     return tuple((_literally(piece),) for piece in pieces)
 
@@ -219,7 +219,7 @@ class Simulator:
         return self._spelt[text]
 
     def forget(self):
-        """Read phrases anew: their last bits depend on what they are read with, a group's on nothing else."""
+        """Read phrases anew: their last bits depend on the batch, and a group's on no group before it."""
         self._phrases.clear()
 
     def read(self, explanations):

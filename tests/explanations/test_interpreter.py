@@ -117,7 +117,7 @@ def test_a_tokenizer_that_joins_digits_is_refused():
 def test_the_next_token_and_a_yes_are_read_off_plain_passes(interpreter):
     tokenizer, model = interpreter.tokenizer, interpreter.model
     questions, counted = ("a", "a longer question\n" * 9), []
-    texts = [interpreter.chat(prompts.explain_messages(what)) for what in questions]
+    texts = [chat(interpreter.tokenizer, prompts.explain_messages(what)) for what in questions]
     log_p_BV = interpreter.next_token(questions, prompts.explain_messages, "", 2, counted.append)
     odds_B = interpreter.yes(questions, prompts.explain_messages)
     assert counted == [2]
@@ -182,7 +182,7 @@ def test_what_is_read_in_a_text_is_that_of_a_plain_pass_whatever_stands_beside_i
     reader = interpreter_of(kind, AutoTokenizer.from_pretrained(smollm2))
     contexts = [["·import", "\\n", "x"], ["a_longer_name", "(", "self"]]
     read_CTd = reader.readings("the keyword import", contexts, batch_size=2)
-    head = reader.chat(prompts.simulate_messages("the keyword import"))
+    head = chat(reader.tokenizer, prompts.simulate_messages("the keyword import"))
     for context, read_Td in zip(contexts, read_CTd, strict=True):
         lines = prompts.lines(context[:-1], ["0", "0"]) + f"{context[-1]}\t"
         want_d = plain_logits(reader, head + lines)[-1, reader.digit_ids].log_softmax(-1)
@@ -198,7 +198,7 @@ def test_what_is_read_in_a_text_is_that_of_a_plain_pass_whatever_stands_beside_i
     if reader._alone:
         steps = [torch.cat(steps[at : at + 3]) for at in range(0, 12, 3)]
     for row, question in enumerate(questions):
-        text = reader.chat(prompts.explain_messages(question)) + prompts.REPLY
+        text = chat(reader.tokenizer, prompts.explain_messages(question)) + prompts.REPLY
         ids = reader.tokenizer(text, add_special_tokens=False)["input_ids"]
         for step_B1V in steps:
             want_V = reader.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
@@ -223,7 +223,7 @@ def test_a_reply_ends_at_every_end_of_text_that_is_known(interpreter, smollm2, m
 
 def test_the_limit_of_positions_counts_what_texts_begin_with(interpreter, monkeypatch):
     question = "x\t0\n" * 40
-    whole = interpreter.chat(prompts.explain_messages(question)) + prompts.REPLY
+    whole = chat(interpreter.tokenizer, prompts.explain_messages(question)) + prompts.REPLY
     length = len(interpreter.tokenizer(whole, add_special_tokens=False)["input_ids"])
     interpreter.explanations([question], max_new_tokens=1)
     monkeypatch.setattr(interpreter, "positions", length)
@@ -243,10 +243,9 @@ def test_nothing_in_a_corpus_becomes_a_control_token(interpreter):
         assert [start for start, _ in spans] == sorted(start for start, _ in spans)
         ids, at = interpreter._lines(["x", token, "y"])
         assert not control & set(ids) and len(at) == 3
-        messages = prompts.explain_messages(token)
-        turns = len([id for id in interpreter.encode(interpreter.chat(messages))[0] if id in control])
-        plain = interpreter.encode(interpreter.chat(prompts.explain_messages("x")))[0]
-        assert turns == len([id for id in plain if id in control])
+        asked = [next(interpreter._batches([what], prompts.explain_messages, "", 1)) for what in (token, "x")]
+        turns = [len([id for id in rows[0] if id in control]) for _, rows in asked]
+        assert turns[0] == turns[1] > 0
 
 
 def test_what_cannot_explain_is_refused_before_weights_are_read(smollm2):
