@@ -2,12 +2,15 @@
 
     python benchmarks/interpret.py --samples demo/samples.pt --dataset demo/tokens --autoencoder demo/run/N.pt
     python benchmarks/interpret.py --memory --model inputs/qwen2.5-coder-1.5b
+    python benchmarks/interpret.py --written --features 16 --samples ... --dataset ... --autoencoder ...
 
 The naive way asks the same LLM to write the list of activations as text, up to 1,000 new tokens for each
 scored context, one context after the other, and has no control. Everything else is this suite's.
 
 --memory: what a process needs at most to read its share of the LLM, then a prompt, above what it had before.
 Counted as Linux's Pss: what is the process's own, and its part of pages of the file that others look at too.
+
+--written: what the keys and values of a batch of explanations take while it is written.
 """
 
 import argparse
@@ -127,6 +130,36 @@ def memory(model):
             print(f"| {dtype} | {processes} | {most / 1e9:.2f} | {most / whole:.3f} |", flush=True)
 
 
+def keys_and_values(args):
+    """One line: MB of the texts' own keys and values, of what all share, and with a copy of that for each."""
+    from sae import models
+    from sae.explanations import Interpreter, Plan, Settings, candidates, open_material, prompts
+
+    material = open_material(args.samples, args.dataset, args.autoencoder)
+    plan = Plan(material, Settings(batch_size=args.features))
+    interpreter = Interpreter(models.load_model(args.model), models.load_tokenizer(args.model))
+    questions = [dict(candidates.questions(plan.feature(f), 1, 0))["text"] for f in plan.groups[0]]
+    held, original = [], interpreter._logits
+
+    def mb(pairs):
+        return sum(kv.nbytes for pair in pairs for kv in pair) / 1e6
+
+    def seen(ids_BL, at_BT, cache=None):
+        logits_BTV = original(ids_BL, at_BT, cache)
+        if hasattr(cache, "select"):
+            shared = mb(interpreter._chat_prefix(prompts.excerpt_messages)[0].layers)
+            own = mb(cache._kept) - shared
+            held.append((own + shared * len(ids_BL), own, shared, len(ids_BL), cache.get_seq_length()))
+        return logits_BTV
+
+    interpreter._logits = seen
+    interpreter.explanations(questions, 60, prompts.excerpt_messages, len(questions))
+    copied, own, shared, texts, length = max(held)
+    print(
+        f"{texts} texts of {length} tokens: {own:.0f} MB and {shared:.0f} MB shared; copied {copied:.0f} MB"
+    )
+
+
 def main():
     if "RANK" in os.environ:
         return memory_of_a_share(*sys.argv[-2:])
@@ -134,6 +167,7 @@ def main():
         argparse.ArgumentParser(description=__doc__.split("\n", 1)[0]),
         "--memory" not in sys.argv,
     )
+    parser.add_argument("--written", action="store_true", help="what a batch that is written needs instead")
     parser.add_argument("--memory", action="store_true", help="what a share of the LLM needs instead")
     parser.add_argument("--samples", required=features, help="interpretation samples")
     parser.add_argument("--dataset", required=features, help="their tokenised dataset")
@@ -149,8 +183,8 @@ def main():
     from servers import elasticsearch
 
     print(f"{platform.machine()}, {os.cpu_count()} cores; python {' '.join(sys.argv)}", flush=True)
-    if args.memory:
-        return memory(args.model)
+    if args.memory or args.written:
+        return memory(args.model) if args.memory else keys_and_values(args)
     print("| | features/minute | times the first |\n|---|---|---|")
     halves = f" --batch_size {(args.features + 1) // 2}"
     with elasticsearch() as url:

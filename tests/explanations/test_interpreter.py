@@ -56,8 +56,19 @@ def test_a_prefix_is_not_copied_for_its_texts_and_a_text_leaves_the_batch_as_it_
     with torch.inference_mode():
         _, read = interpreter._read(texts, prefix)
         _, written = interpreter._read(texts, prefix, grows=True)
-    assert read.layers == []  # nothing is kept of what was only read
-    assert [layer.keys.shape[:3] for layer in written.layers] == [(3, 2, 3)] * 2  # texts, heads, own tokens
+    own = [
+        [kv.shape[1] - len(prefix.ids) for pair in cache._kept for kv in pair] for cache in (read, written)
+    ]
+    assert own == [
+        [0] * 4,
+        [3 * 3] * 4,
+    ]  # nothing of what was only read; three tokens of each that is written
+    for change, tokens in (
+        (lambda: written.fill(torch.tensor([1, 2, 0])), 6),
+        (lambda: written.select([2]), 3),
+    ):
+        change()
+        assert {kv.shape[1] for pair in written._kept for kv in pair} == {len(prefix.ids) + tokens}
     replies, passes, original = [], [], interpreter._logits
     monkeypatch.setattr(interpreter, "end_ids", set())
     monkeypatch.setattr(prompts, "sentence", lambda reply: (replies.append(reply) or reply, False))
