@@ -21,7 +21,7 @@ class Shared(DynamicCache):
         self._places_BS = torch.arange(keys_HND.shape[1], device=keys_HND.device)[None]
 
     def fill(self, fill_B):
-        """The last `fill_B` tokens of each text are filling: as many places before them all take their part."""
+        """The last `fill_B` tokens of each text are filling: as many places in front take its part."""
         self.fill_B, length = fill_B.to(self._places_BS), self.get_seq_length()
         from_BS = torch.arange(length, device=self.fill_B.device) - self.fill_B[:, None]
         self._keep(self._places_BS.gather(1, from_BS % length).masked_fill(from_BS < 0, 0))
