@@ -133,7 +133,7 @@ class Explainer:
         for other in self.plan.others(place)[:MOST_CONTROLS]:
             self.explain([other])
             said = hands.meaning(self._explained[other].interpretation)
-            if said and not said & own and other != place:
+            if said and not said & own:
                 return self._explained[other]
         return None
 

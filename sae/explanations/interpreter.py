@@ -34,7 +34,9 @@ class Interpreter:
         self.device = next(model.parameters()).device
         self.head = model.get_output_embeddings()
         self.digit_ids = digit_ids(tokenizer)
-        self.end_ids = _end_ids(model, tokenizer)
+        # A reply ends at the tokenizer's end of text and at those of the model's generation settings.
+        ends = getattr(model.generation_config, "eos_token_id", None)
+        self.end_ids = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self._alone = _rotates_by_length(model.config)
         self._takes_positions = "position_ids" in inspect.signature(model.forward).parameters
@@ -293,9 +295,3 @@ def digit_ids(tokenizer):
             f"this one has {len(set(ids))} such tokens"
         )
     return ids
-
-
-def _end_ids(model, tokenizer):
-    """Ids that end a reply: the tokenizer's end of text and those of the model's generation settings."""
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
