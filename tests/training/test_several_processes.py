@@ -102,7 +102,9 @@ def alone(exactly):
     """Each run by one process, and one that stopped."""
     runs = [(f"{name}-1", name, None, {}) for name in RUNS]
     more = ("few-1", "batchtopk", None, FEW), ("stopped-1", "relu", 57, {}), ("dry", "batchtopk", None, DRY)
-    return exactly(1, *runs, *more)
+    place = exactly(1, *runs, *more)
+    assert torch.load(place / "stopped-1" / "resume.pt", weights_only=True)["trainer"]["batch"] > 50
+    return place
 
 
 def lines(folder):
