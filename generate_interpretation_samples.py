@@ -36,7 +36,7 @@ def parse_args():
         type=cli.path,
         help="LLM: hub name, folder or .gguf file; default: the checkpoint's",
     )
-    add("--allow_other_tokenizer", action="store_true", help="than the LLM's for the dataset")
+    add("--allow_other_tokenizer", action="store_true", help="accept a dataset of another tokenizer")
     add("--target_model_device", help="default: cuda:0, or cpu")
     add("--autoencoder_device", help="default: cuda:1, cuda:0 where that is the only GPU, or cpu")
     add("--log_freq_upper", type=below_zero, default=-0.1, help="keep features of a lower log10 frequency")
@@ -45,8 +45,8 @@ def parse_args():
     add("--num_spread", type=positive, default=12, help="contexts per feature: one per step of its range")
     add("--num_random", type=positive, default=16, help="contexts per feature: whatever it does there")
     add("--batch_size", type=positive, default=16, help="contexts in a forward pass of the LLM")
-    add("--seed", type=cli.SEED, default=0, help="of the contexts looked at and of the draws among them")
-    add("--dtype_llm", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the LLM")
+    add("--seed", type=cli.SEED, default=0, help="seed of the contexts looked at and the draws among them")
+    add("--dtype_llm", help="dtype of the LLM", **cli.DTYPE)
     add("--num_gpus", type=positive, default=1, help="processes that deepspeed started, on all machines")
     add("--local_rank", type=int, help="set by deepspeed")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)

@@ -50,7 +50,7 @@ def parse_args():
         help="column of the text, several are joined; a column of chat messages goes through the tokenizer's "
         "chat template (default: found: content, text, code, ...)",
     )
-    add("--seed", type=cli.SEED, default=0, help="of the order in which files (shards) are read")
+    add("--seed", type=cli.SEED, default=0, help="seed of the order in which files (shards) are read")
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     args = parser.parse_args()
     if args.add_bos and args.min_tokens < 2:

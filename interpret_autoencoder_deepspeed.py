@@ -43,15 +43,15 @@ def parse_args():
     add("--simulation", choices=["contrastive", "tokens", "expected"], default="contrastive",
         help="read tokens, and lines where these see nothing; tokens alone; the expected value of lines")
     add("--num_explanations", type=count, default=3,
-        help="per feature, the best is kept; 1: by the LLM from text, 2: by counting too, 3: from lines too")
+        help="per feature, best kept; 1: the LLM's from text; 2: also a count; 3: also the LLM's from lines")
     add("--scores", choices=["all", "simulation"], default="all", help="all: detection, fuzzing too")
     add("--features", type=cli.whole_number(0), nargs="+", help="explain these features (default: all)")
     add("--max_features", type=cli.whole_number(0), default=0, help="explain the first N features (0: all)")
     add("--batch_size", type=count, default=16, help="features that are explained together")
-    add("--dtype", choices=["auto", "bfloat16", "float16", "float32"], default="auto", help="of the LLMs")
+    add("--dtype", help="dtype of the LLMs", **cli.DTYPE)
     add("--trust_remote_code", **cli.TRUST_REMOTE_CODE)
     add("--dry_run", action="store_true", help="explain one batch, say what all would take, keep nothing")
-    add("--seed", type=cli.SEED, default=0, help="of selections and bootstrap intervals")
+    add("--seed", type=cli.SEED, default=0, help="seed of selections and bootstrap intervals")
     # fmt: on
     return parser, parser.parse_args()
 

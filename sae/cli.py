@@ -13,10 +13,11 @@ from sae import InputError
 CODELLAMA = "codellama/CodeLlama-7b-Instruct-hf"
 STOPPED = 130  # exit status after Ctrl-C or SIGTERM: a wrapper must not go on to the next script
 TRUST_REMOTE_CODE = {"action": "store_true", "help": "run the Python code that some models bring with them"}
+DTYPE = {"choices": ("auto", "float32", "bfloat16", "float16"), "default": "auto"}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 

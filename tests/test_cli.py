@@ -82,16 +82,25 @@ COMMANDS = [path.name for path in ROOT.glob("*.py")] + ["sae.report", "sae.expor
 PLACES = r".*_path|.*(?<!text)_name|ssl_cert|explanations|metrics|out|samples|checkpoint"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_flag_for_a_place_knows_the_home_folder(command, monkeypatch):
-    """bash leaves `--save_path=~/x` as it is."""
+def parser_of(command):
     sys.path.insert(0, str(ROOT / "docs"))
     import write_flags
 
+    return write_flags.parser_of(command)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_keeps_the_lines_of_its_commands_and_has_no_fragments(command):
+    parser = parser_of(command)
+    assert parser.description in parser.format_help()
+    assert not [a.dest for a in parser._actions if (a.help or "").startswith(("of ", "than "))]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_for_a_place_knows_the_home_folder(command, monkeypatch):
+    """bash leaves `--save_path=~/x` as it is."""
     monkeypatch.setenv("HOME", "/home/me")
-    places = [
-        action for action in write_flags.parser_of(command)._actions if re.fullmatch(PLACES, action.dest)
-    ]
+    places = [action for action in parser_of(command)._actions if re.fullmatch(PLACES, action.dest)]
     assert places
     for action in places:
         if (command, action.dest) != ("sae.export", "model_name"):  # a hub name alone

@@ -17,7 +17,7 @@ def parse_args():
     add("--explanations", help="journal of each; default: <samples stem>.explanations.jsonl, if any", **some)
     add("--autoencoder_path", help="checkpoint of each; default: the one that it names, if there", **some)
     add("--metrics", help="metrics.jsonl of each run; default: the one beside the checkpoint", **some)
-    add("--contexts", type=cli.whole_number(1), default=12, help="of each kind; fewer to stay under 30 MB")
+    add("--contexts", type=cli.whole_number(1), default=12, help="per kind; fewer to stay under 30 MB")
     add("--out", type=cli.path, default="report.html", help="HTML file to write")
     return parser, parser.parse_args()
 

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 from torch.nn import functional
+from tqdm import tqdm
 
 from sae import InputError
 from sae.activations import on_output
@@ -71,7 +72,8 @@ class Judge:
         tallies, first = [_Tally(one, self._skip, contexts) for one in autoencoders], self._ce_M is None
         if first:
             self._ce_M, self._ce_zero_M = np.zeros(contexts), np.zeros(contexts)
-        for start in range(0, contexts, size * here.count):
+        rounds = range(0, contexts, size * here.count)
+        for start in tqdm(rounds, "judging", unit="round", position=2, leave=False, disable=here.rank > 0):
             turns = [slice(at, at + size) for at in range(start, start + size * here.count, size)]
             own, labels = turns[here.rank], [self._labels_MT[turn, self._skip :].flatten() for turn in turns]
             ids_BT, compared = self._ids_MT[own], max(0, KL_CONTEXTS - own.start)

@@ -186,5 +186,6 @@ def held_out(event):
     variance, recovered, low, high = ("undefined" if one is None else f"{one:.3f}" for one in values)
     return (
         f"L0 {event['l0']:.1f}, explained variance {variance}, loss recovered {recovered} "
-        f"(95%: {low} to {high}; {event['ce_sae']:.3f} for {event['ce']:.3f}), dead {event['dead_share']:.1%}"
+        f"(95%: {low} to {high}; cross-entropy {event['ce_sae']:.3f} with the reconstruction, "
+        f"{event['ce']:.3f} without), dead {event['dead_share']:.1%}"
     )

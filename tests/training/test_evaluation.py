@@ -78,7 +78,7 @@ def test_against_the_obvious_way(hooked, ids_BT, skip):
         assert got[name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
-def test_a_perfect_autoencoder(hooked, ids_BT):
+def test_a_perfect_autoencoder(hooked, ids_BT, capsys):
     model, module = hooked
     ae = Autoencoder(32, 64)
     ae.W_enc.data = torch.cat([torch.eye(32), -torch.eye(32)], dim=1)
@@ -88,6 +88,7 @@ def test_a_perfect_autoencoder(hooked, ids_BT):
     assert got["ce_sae"] == pytest.approx(got["ce"])
     assert got["loss_recovered"] == pytest.approx(1, abs=1e-3)
     assert got["kl"] == pytest.approx(0, abs=1e-6)
+    assert "judging" in capsys.readouterr().err
 
 
 def test_what_does_not_change_is_computed_once(hooked, ids_BT):
