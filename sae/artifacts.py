@@ -68,6 +68,13 @@ def read_metrics(path, batch):
     return next((event for event in reversed(events) if wanted.items() <= event.items()), {})
 
 
+def is_missing(name):
+    """Whether `name`, of a model or dataset, can only be meant as a place on disk and nothing is there."""
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    local = local or ("/" in name and os.path.isdir(name.partition("/")[0]))
+    return local and "://" not in name and not os.path.exists(name)
+
+
 def check_writable(flag, path):
     """Refuse a name that no file can get, before the work that would end in writing it."""
     path = Path(path)

@@ -14,6 +14,7 @@ CODELLAMA = "codellama/CodeLlama-7b-Instruct-hf"
 STOPPED = 130  # exit status after Ctrl-C or SIGTERM: a wrapper must not go on to the next script
 TRUST_REMOTE_CODE = {"action": "store_true", "help": "run the Python code that some models bring with them"}
 DTYPE = {"choices": ("auto", "float32", "bfloat16", "float16"), "default": "auto"}
+os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # a network that fails ends in a line of ours
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

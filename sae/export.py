@@ -146,6 +146,8 @@ def main(args):
         with new_folder(args.out) as folder:
             run = open_run(args.samples, args.dataset_path, args.explanations, args.checkpoint, None)
             write_neuronpedia(folder, run, args.model_name or Path(run.samples.config["model_name"]).name)
+    elif args.samples or args.explanations:
+        raise InputError(f"--samples and --explanations need --format neuronpedia, {args.format} came")
     else:
         export(args.checkpoint, args.out, args.format, args.model_name)
     size = sum(file.stat().st_size for file in Path(args.out).rglob("*"))

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from sae import InputError
+from sae.artifacts import is_missing
 
 MODEL = "causal language model"
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of each file of weights, for the fingerprint
@@ -76,6 +77,8 @@ def _load(auto_class, what, name, trust_remote_code, **options):
     path, before = Path(name), logging.get_verbosity()
     if path.suffix == ".gguf":
         name, options["gguf_file"] = str(path.parent), path.name
+    if is_missing(name):
+        raise InputError(f"{what} needed: {name} is no hub name, folder or .gguf that opens: no such folder")
     logging.set_verbosity_error()  # it prints tables of missing weights, the caller names them in a line
     try:
         return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code, **options)

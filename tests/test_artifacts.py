@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sae import InputError
+from sae import InputError, artifacts
 from sae.artifacts import atomic_write, check_origin, check_writable, fingerprint, load_pt, save_json, save_pt
 
 
@@ -92,3 +92,14 @@ def test_check_writable_says_what_is_in_the_way_and_writes_nothing(tmp_path):
 def test_a_folder_that_nobody_may_write_to_is_refused_first():
     with pytest.raises(InputError, match=r"/proc/self takes no files|/proc/self/x\.pt"):
         check_writable("--out", "/proc/self/x.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [("here", False), ("here/x", True), ("./x", True), ("a/b/c", True), ("org/model", False),
+     ("x", False), ("http://host/x/y", False)],
+)  # fmt: skip
+def test_what_is_no_hub_name_and_not_there(name, missing, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert artifacts.is_missing(name) is missing

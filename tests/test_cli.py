@@ -51,6 +51,11 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback():
     assert "Traceback" in bug.stderr
 
 
+def test_the_hub_retries_in_silence():
+    program = "from sae import cli; from huggingface_hub.utils import logging; print(logging.get_verbosity())"
+    assert _python(program).stdout == "40\n"
+
+
 def _python(program):
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
 

@@ -19,10 +19,13 @@ from sae.models import (
 )
 
 
-def test_a_name_that_opens_nothing_is_one_line(tmp_path):
+@pytest.mark.parametrize("name", ["./nothing", "here/nothing"])
+def test_a_name_that_opens_nothing_is_one_line(name, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
     for load in (load_model, load_tokenizer, skeleton):
-        with pytest.raises(InputError, match="no hub name, folder or") as error:
-            load(str(tmp_path / "nothing"))
+        with pytest.raises(InputError, match=f"{name} is no hub name, .*: no such folder") as error:
+            load(name)
         assert "\n" not in str(error.value)
 
 

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from elastic_transport import ConnectionError as NoConnection
 from elastic_transport import SerializationError, TlsError, TransportError
 from elasticsearch import ApiError, Elasticsearch, NotFoundError, helpers
 from tqdm import tqdm
@@ -114,6 +115,11 @@ def _in_one_line(client):
                 text = f"{text}; the API key has to be valid and needs {needed}"
         elif isinstance(err, TlsError):
             text = f"{text}; --ssl_cert names the authority, http:// in the address does without TLS"
+        elif isinstance(err, NoConnection):
+            cause = err
+            while cause.__context__:  # down to what the system said
+                cause = cause.__context__
+            text = f"no server answers ({getattr(cause, 'strerror', None) or cause})"
         url = next(iter(client.transport.node_pool.all())).base_url
         # No server sends the key back, but nothing here depends on that.
         key = client._headers["authorization"].split()[-1]

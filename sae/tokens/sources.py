@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from sae import InputError
+from sae import InputError, artifacts
 from sae.tokens import datafiles
 from sae.tokens.datafiles import READERS, Skipped, kind
 
@@ -59,8 +59,7 @@ class Source(NamedTuple):
 
 def refuse_missing(name):
     """InputError where `name` can only be meant as a local path and is none."""
-    local = name.startswith((".", "/", "~")) or (name.count("/") > 1 and "://" not in name)
-    if local and not Path(name).exists():
+    if artifacts.is_missing(name):
         raise InputError(f"a dataset needed at --dataset_name {name}, no such file or folder")
 
 
@@ -80,6 +79,9 @@ def open_source(name, data_dir=None, dataset_config=None, split="train", text_fi
     else:
         paths, is_data = _local_files(Path(name), data_dir, split)
         if not is_data:
+            if len(paths) == 1 and isinstance(first := next(datafiles.read_source_file(paths[0])), Skipped):
+                needed = f"--dataset_name needs text or data files ({', '.join(READERS)})"
+                raise InputError(f"{needed}, {paths[0]} is none: {first.reason}")
             return Source(paths)
     unknown = {kind(path) or path for path in paths} - set(READERS)
     if unknown:

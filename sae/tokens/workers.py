@@ -97,6 +97,8 @@ def make_plan(flags, tokenizer_folder, bos_token_id):
     columns = next((source.columns for source in opened if source.columns), None)
     if columns:
         print(f"the text is taken from the column {' + '.join(columns)}")
+    elif flags["text_field"]:
+        raise InputError(f"--text_field needs data files, {flags['dataset_name']} holds source files alone")
     return opened, flags | {
         "text_field": columns,
         "bos_token_id": bos_token_id,
@@ -293,6 +295,9 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
             done = f"stopped; {len(progress['files'])} of {num_files} files are finished and kept in {folder}"
             return f"{done}, the same command goes on from there", False
         except (InputError, OSError) as err:
+            if progress["ended"] and not progress["files"]:  # nothing to go on with
+                shutil.rmtree(folder)
+                raise
             again = "" if progress["ended"] else ": the same command goes on from there"
             raise InputError(f"{err}. What is finished is kept in {folder}{again}") from err
         counts = count([State(*state) for state in progress["states"]])

@@ -165,13 +165,13 @@ def one_line(refused):
 def test_a_server_that_is_not_there():
     with pytest.raises(InputError) as refused:
         connect(f"127.0.0.1:{free_port()}", KEY)
-    assert "Connection refused" in one_line(refused)
+    assert one_line(refused).endswith(": no server answers (Connection refused)")
 
 
 def test_a_host_that_does_not_exist():
     with pytest.raises(InputError) as refused:
         connect("http://no-such-host.invalid", KEY)
-    assert "Failed to resolve" in one_line(refused)
+    assert "no server answers (Name or service not known)" in one_line(refused)
 
 
 def echo(status):
@@ -271,7 +271,7 @@ def test_plain_http_where_tls_was_meant_and_the_other_way_round(proxy, elasticse
         pytest.raises(InputError) as refused,
     ):
         connect(server.address, KEY)
-    assert "Connection error" in one_line(refused)
+    assert "no server answers" in one_line(refused)
 
 
 def test_certificate_files_that_are_none(tmp_path):
@@ -445,9 +445,9 @@ def test_what_the_key_lacks_on_the_index_is_said(proxy, index):
 def test_a_connection_that_drops_while_the_index_is_made_ready(proxy, index, path):
     there = connect(proxy.address, KEY)
     proxy.fault = lambda request: dropped(request) if request.path.endswith(path) else None
-    with pytest.raises(InputError, match="Connection error"):
+    with pytest.raises(InputError, match="no server answers"):
         ensure_index(there, index, ORIGIN)
-    with pytest.raises(InputError, match="Connection error"):
+    with pytest.raises(InputError, match="no server answers"):
         proxy.fault = dropped
         missing(there, index, [document(1)])
 

@@ -221,6 +221,8 @@ def test_spread_contexts_lie_in_fifths_of_the_range():
 def test_neuronpedia_needs_samples_of_the_checkpoint(checkpoint, tmp_path, smollm2, stdlib):
     refused = export(checkpoint, tmp_path / "out", "--format", "neuronpedia")
     assert_refused(refused, "--samples", "neuronpedia")
+    refused = export(checkpoint, tmp_path / "out", "--samples", "samples.pt")
+    assert_refused(refused, "--samples and --explanations need --format neuronpedia, sae_lens came")
     (tmp_path / "own").mkdir()
     write_explained_run(tmp_path / "own", smollm2, stdlib)
     flags = ["--samples", tmp_path / "own" / "samples.pt", "--dataset_path", tmp_path / "own" / "tokens"]

@@ -358,13 +358,14 @@ def test_other_files_beside_data(tmp_path):
 def test_sources_that_cannot_be_used_are_refused(shards, tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and then nothing of the kind")
+    (tmp_path / "a.pt").write_bytes(b"PK\xff")
     write_lines(tmp_path / "empty.jsonl", "")
     write_lines(
         tmp_path / "no.jsonl", "version https://git-lfs.github.com/spec/v1", "oid sha256:12", "size 5"
     )
     for name, words in (
         ("none", "no file"), ("broken.parquet", r"broken\.parquet"), ("empty.jsonl", "holds none"),
-        ("no.jsonl", "holds none"),
+        ("no.jsonl", "holds none"), ("a.pt", r"--dataset_name needs text .*a\.pt is none: not UTF-8"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             open_source(tmp_path / name)

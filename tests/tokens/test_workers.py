@@ -177,8 +177,11 @@ def test_documents_that_do_not_suffice(tmp_path, tokenizer_copy, uneven):
         write(tmp_path / "out", tokenizer_copy, num_samples_per_file=156, **flags)
     write(tmp_path / "out", tokenizer_copy, num_samples_per_file=155, **flags)
     assert not folder.exists()
-    with pytest.raises(InputError, match="fewer files, --chunk_documents or a smaller --min_tokens"):
+    with pytest.raises(InputError, match=r"--text_field needs data files, .* holds source files alone"):
+        write(tmp_path / "code", tokenizer_copy, **flags | {"dataset_name": __file__, "text_field": ["text"]})
+    with pytest.raises(InputError, match=r"fewer files, .* or a smaller --min_tokens may fit$"):
         write(tmp_path / "more", tokenizer_copy, num_samples_per_file=9, min_tokens=5000, **flags)
+    assert not (tmp_path / ".more.partial").exists()  # nothing was finished
 
 
 # what happens to processes
