@@ -77,7 +77,7 @@ def _load(auto_class, what, name, trust_remote_code, **options):
     path, before = Path(name), logging.get_verbosity()
     if path.suffix == ".gguf":
         name, options["gguf_file"] = str(path.parent), path.name
-    if is_missing(name):
+    if is_missing(str(name)):
         raise InputError(f"{what} needed: {name} is no hub name, folder or .gguf that opens: no such folder")
     logging.set_verbosity_error()  # it prints tables of missing weights, the caller names them in a line
     try:
