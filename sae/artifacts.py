@@ -5,7 +5,8 @@ import hashlib
 import json
 import os
 import secrets
-from contextlib import contextmanager
+import tempfile
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sae import InputError
@@ -75,13 +76,30 @@ def is_missing(name):
     return local and "://" not in name and not os.path.exists(name)
 
 
-def check_writable(flag, path):
-    """Refuse a name that no file can get, before the work that would end in writing it."""
+def check_folder(flag, path):
+    """Refuse a folder that takes no files, or cannot be made, before the work that would end in writing."""
+    path = Path(path).absolute()
+    there = next(place for place in (path, *path.parents) if os.path.exists(place))
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as err:
+        came = f"{there} takes no files ({err.strerror})"
+        raise InputError(f"{flag} needs a folder that can be written to, {path}: {came}") from None
+
+
+def check_writable(flag, path, what, opens):
+    """Refuse a file that cannot be written, or would replace anything but `what`, before the work for it.
+
+    opens(path): truthy where the file there is such a one; it may also raise.
+    """
     path = Path(path)
-    there = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        came = "is a folder" if path.is_dir() else f"cannot be written: {there} takes no files"
-        raise InputError(f"{flag} needs the name of a file to write, {path} {came}")
+    if path.is_dir():
+        raise InputError(f"{flag} needs the name of a file to write, {path} is a folder")
+    check_folder(flag, path.parent)
+    with suppress(InputError, OSError):
+        if not path.exists() or opens(path):
+            return
+    raise InputError(f"{flag} needs a new file or {what} to replace, {path} is neither")
 
 
 def save_pt(path, content):

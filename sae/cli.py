@@ -29,6 +29,13 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
 
+    def parse_args(self, words=None):
+        args, surplus = self.parse_known_args(words)
+        if surplus:  # words that are no flags may be parts of an API key
+            shown = (word if word.startswith("--") or "api_key" not in args else "..." for word in surplus)
+            self.error(f"the arguments of --help needed alone, more came: {' '.join(shown)}")
+        return args
+
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 

@@ -77,11 +77,12 @@ def model_card(config, metrics, format):
 @contextmanager
 def new_folder(out):
     """A folder to fill that appears at `out` whole or not at all. InputError where something is there."""
-    from sae.artifacts import sync
+    from sae.artifacts import check_folder, sync
 
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"a new or empty folder needed at {out}, it holds something")
+    check_folder("out", out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.", suffix=".partial") as partial:
         folder = Path(partial, "whole")  # with the rights that new folders have

@@ -281,13 +281,6 @@ def _split_by_deepspeed(processes, name, dtype, trust_remote_code):
 class Parser(cli.Parser):
     """A cli.Parser for every process at once: an error that all of them meet is printed by the first."""
 
-    def parse_args(self, words=None):
-        args, surplus = self.parse_known_args(words)
-        if surplus:  # only flags are shown: other words may be parts of an API key
-            flags = " ".join(word for word in surplus if word.startswith("--"))
-            self.error(f"{len(surplus)} arguments more than needed came{f': {flags}' if flags else ''}")
-        return args
-
     def error(self, message):
         rank = os.environ.get("RANK", "0")
         if rank != "0":

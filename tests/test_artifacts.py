@@ -79,19 +79,25 @@ def test_save_json_writes_all_or_nothing(tmp_path):
 
 
 def test_check_writable_says_what_is_in_the_way_and_writes_nothing(tmp_path):
-    check_writable("--out", tmp_path / "new" / "deep" / "x.pt")
-    check_writable("--out", "x.pt")
     (tmp_path / "file").touch()
-    for path, words in ((tmp_path, "is a folder"), (tmp_path / "file" / "x.pt", "takes no files")):
-        with pytest.raises(InputError, match=f"--out needs the name of a file to write, .*{words}"):
-            check_writable("--out", path)
+    for path in (tmp_path / "new" / "deep" / "x.pt", "x.pt"):
+        check_writable("--out", path, "a page", None)
+    check_writable("--out", tmp_path / "file", "a page", Path.is_file)
+    for path, words in (
+        (tmp_path, "is a folder"),
+        (tmp_path / "file" / "x.pt", r"file takes no files \(Not a directory\)"),
+        (tmp_path / "file", "a new file or a page to replace, .*file is neither"),
+    ):
+        for opens in (Path.is_dir, os.listdir, lambda file: load_pt(file, "a page", ())):
+            with pytest.raises(InputError, match=f"--out needs .*{words}"):
+                check_writable("--out", path, "a page", opens)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody may write to")
 def test_a_folder_that_nobody_may_write_to_is_refused_first():
-    with pytest.raises(InputError, match=r"/proc/self takes no files|/proc/self/x\.pt"):
-        check_writable("--out", "/proc/self/x.pt")
+    with pytest.raises(InputError, match=r"--out needs .*/proc/self takes no files \(.+\)"):
+        check_writable("--out", "/proc/self/x.pt", "a page", None)
 
 
 @pytest.mark.parametrize(

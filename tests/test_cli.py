@@ -1,4 +1,5 @@
 import argparse
+import importlib
 import os
 import re
 import signal
@@ -85,6 +86,17 @@ def test_help_answers_at_once_and_names_every_default(script):
 COMMANDS = [path.name for path in ROOT.glob("*.py")] + ["sae.report", "sae.export", "sae.look"]
 # Flags that name a place on disk; a model's name may be one.
 PLACES = r".*_path|.*(?<!text)_name|ssl_cert|explanations|metrics|out|samples|checkpoint"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_no_command_knows_is_refused_in_the_same_words(command, monkeypatch, capsys):
+    name = command.removesuffix(".py")
+    module = importlib.import_module(f"{name}.__main__" if command == "sae.report" else name)
+    words = {"sae.look": ["2", "--text", "x"], "train_autoencoder_from_tokens.py": ["2", "residual"]}
+    monkeypatch.setattr(sys, "argv", [command, *words.get(command, ["2", "2"]), "--nope"])
+    with pytest.raises(SystemExit, match="2"):
+        module.parse_args()
+    assert re.search(r"--help needed alone, more came: (2 |\.\.\. )?--nope\n", capsys.readouterr().err)
 
 
 def parser_of(command):

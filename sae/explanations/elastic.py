@@ -93,7 +93,10 @@ def _url(address, ssl_cert):
 def _key(text):
     """The key in the form the client takes. It never appears in a message, whatever is wrong with it."""
     if text.startswith("@"):
-        text = Path(cli.path(text[1:])).read_text(errors="replace").strip()
+        try:
+            text = Path(cli.path(text[1:])).read_text(errors="replace").strip()
+        except OSError as err:
+            raise InputError(f"api_key: @FILE needs a file, {text[1:]}: {err.strerror}") from None
     if not re.fullmatch(r"[!-~]+", text):
         raise InputError("api_key needs a key of printable characters without spaces, or @FILE")
     return tuple(text.split(":", 1)) if ":" in text else text

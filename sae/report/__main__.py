@@ -25,7 +25,7 @@ def parse_args():
 def main(args):
     from sae.artifacts import atomic_write, check_writable
 
-    check_writable("--out", args.out)
+    check_writable("--out", args.out, "a page", lambda path: path.read_bytes()[:9].lower() == b"<!doctype")
     belonging = args.explanations, args.autoencoder_path, args.metrics
     page = build(args.samples, args.dataset_path, *belonging, args.contexts)
     with atomic_write(args.out) as handle:

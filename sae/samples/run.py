@@ -11,7 +11,7 @@ from sae import InputError, cli, models
 from sae.activations import activation_width, activations_at, carried, find_hookpoint
 from sae.artifacts import check_origin, check_writable
 from sae.autoencoder import Checkpoint, load_checkpoint
-from sae.samples.file import Samples
+from sae.samples.file import Samples, load_samples
 from sae.samples.reading import encode_in_pieces
 from sae.tokens import check_tokenizer, open_dataset, read_contexts
 
@@ -109,7 +109,7 @@ def prepare(
     if log_freq_upper <= log_freq_lower:
         came = f"{log_freq_upper:g} and {log_freq_lower:g}"
         raise InputError(f"--log_freq_upper above --log_freq_lower needed, got {came}")
-    check_writable("--save_path", save_path)
+    check_writable("--save_path", save_path, "an interpretation samples file", load_samples)
     if Path(save_path).suffix == ".png":
         raise InputError(f"--save_path needs the name of a file (.pt), got {save_path}")
     if here.count > 1 and (target_model_device or autoencoder_device):
@@ -122,7 +122,9 @@ def prepare(
         raise InputError(f"num_samples of at most {most} needed, got {num_samples}")
     checkpoint = load_checkpoint(autoencoder_path, device)
     config, made_from = checkpoint.config, checkpoint.config.get("dataset_fingerprint")
-    check_origin(f"the autoencoder {autoencoder_path}", made_from, info["fingerprint"], dataset_path)
+    trained = f"the autoencoder {autoencoder_path} (dataset with tokens of {config.get('tokenizer_name')})"
+    given = f"--dataset_path {dataset_path} (tokens of {info['tokenizer_name']})"
+    check_origin(trained, made_from, info["fingerprint"], given)
     name = target_model_name or config["model_name"]
     hookpoint = check_target(config, name, info, trust_remote_code)
     check_tokenizer(info, name, allow_other_tokenizer)

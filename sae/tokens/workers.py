@@ -125,6 +125,7 @@ def read_finished(save_path, flags):
         if place.exists() and ".partial" not in there and there - {"lost+found"}:
             needed = f"an empty or no folder needed at --save_path {save_path}"
             raise InputError(f"{needed}, something else is there")
+        artifacts.check_folder("--save_path", save_path)
         return None
     try:
         info = json.loads(path.read_text())

@@ -32,9 +32,8 @@ def run_config(flags, info, hookpoint, act_vec_size, dtype_llm, training_context
         )
     tokens, batch_size = training_contexts * (context - skipped), flags["batch_size_autoencoder"]
     if tokens < batch_size:
-        raise InputError(
-            f"--batch_size_autoencoder {batch_size} needs so many tokens to train on, there are {tokens}"
-        )
+        needed = f"--batch_size_autoencoder {batch_size} needs at least as many tokens to train on"
+        raise InputError(f"{needed}, there are {tokens}")
     num_batches = flags["num_batches"] or tokens // batch_size
     dict_vec_size = flags["dict_vec_size"] or 4 * act_vec_size
     preload = flags["num_batches_preload"] and min(flags["num_batches_preload"], num_batches)

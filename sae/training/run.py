@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sae import InputError, activations, cli, models
+from sae.artifacts import check_folder
 from sae.processes import ALONE, Processes
 from sae.tokens import check_tokenizer, load_tokenizer, open_dataset, read_contexts
 from sae.training import sweep
@@ -116,6 +117,9 @@ def prepare(flags, here=ALONE):
     given = [flags["device_llm"], flags["device_autoencoder"]]
     if here.count > 1 and any(given):
         raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
+    with here.first_decides():
+        if here.rank == 0:
+            check_folder("--save_path", flags["save_path"])
     device_llm, device = cli.device_pair(*([here.device] * 2 if here.count > 1 else given))
     llm = Place(device_llm, models.pick_dtype(flags["dtype_llm"], device_llm))
     autoencoder = Place(device, models.fast_dtype(device))
@@ -126,6 +130,10 @@ def prepare(flags, here=ALONE):
     check_tokenizer(info, flags["model_name"], flags["allow_other_tokenizer"])
     template = flags[f"{flags['layer_type']}_hookpoint"]
     module, hookpoint = activations.find_hookpoint(skeleton, template, flags["layer_id"])
+    numbers = [part for part in template.split(".") if part.isdecimal()]
+    if hookpoint == template and numbers[:1] != [str(flags["layer_id"])]:
+        needed = f"one {{}} for the layer, or {flags['layer_id']} in its place"
+        raise InputError(f"--{flags['layer_type']}_hookpoint needs {needed}, got {template!r}")
     width = activations.activation_width(skeleton, module)
     documents = dataset.with_format("numpy")["document"][:]
     training_rows, held_out_rows = split_held_out(documents, held_out_contexts(flags, info), flags["seed"])

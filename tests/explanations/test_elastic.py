@@ -148,7 +148,7 @@ def test_a_key_file_may_lie_in_the_home_folder(elasticsearch_url, tmp_path, monk
 
 
 def test_a_key_file_that_is_not_there_is_an_error_that_names_it(tmp_path):
-    with pytest.raises(OSError, match="no-key"):
+    with pytest.raises(InputError, match=r"api_key: @FILE needs a file, .*no-key: No such file"):
         connect("localhost", f"@{tmp_path / 'no-key'}")
 
 

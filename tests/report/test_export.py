@@ -111,6 +111,8 @@ def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
     for path, came in ((tmp_path / "none.pt", "no such file"), (tmp_path / "torn.pt", "truncated")):
         with pytest.raises(InputError, match=f"{path.name}.*{came}"):
             write(path, tmp_path / "new", "sae_lens")
+    with pytest.raises(InputError, match=r"out needs a folder .*torn.pt takes no files"):
+        write(checkpoint, tmp_path / "torn.pt" / "new", "sae_lens")
     assert_refused(export(checkpoint, tmp_path / "new", "--format", "onnx"), "onnx", "sae_lens")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out", "run", "torn.pt"]
 

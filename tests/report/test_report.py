@@ -251,6 +251,10 @@ def test_what_does_not_belong_together_is_refused(run, tmp_path, stdlib_contexts
     result = run_module("sae.report", samples, "--dataset_path", other, "--out", folder / "r.html")
     assert_refused(result, "samples.pt", other)
     assert not (folder / "r.html").exists()
+    before = samples.read_bytes()
+    result = run_module("sae.report", samples, "--dataset_path", dataset_path, "--out", samples)
+    assert_refused(result, "--out needs a new file or a page to replace", samples)
+    assert samples.read_bytes() == before
 
 
 def random_samples(F, T, R, rng):

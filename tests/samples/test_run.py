@@ -261,7 +261,10 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
         ({"log_freq_upper": -2, "log_freq_lower": -1}, "--log_freq_upper above .* got -2 and -1"),
         ({"log_freq_upper": -1, "log_freq_lower": -1}, "--log_freq_upper above .* got -1 and -1"),
         ({"dataset_path": tmp_path / "none"}, "tokenised dataset needed .*no such folder"),
-        ({"dataset_path": small_dataset}, f"made from fingerprint {fingerprint}, but {small_dataset}"),
+        (
+            {"dataset_path": small_dataset},
+            f"tokens of .* fingerprint {fingerprint}, but --dataset_path {small_dataset} .tokens of ",
+        ),
         ({"autoencoder_path": tmp_path / "none.pt"}, "no such file"),
         ({"autoencoder_path": tmp_path / "short.pt"}, "truncated"),
         ({"autoencoder_path": tmp_path / "pickle.pt"}, "truncated or no torch file"),
@@ -274,6 +277,7 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
         ({"target_model_device": "cuda:77"}, "--target_model_device .*cuda:77"),
         ({"autoencoder_device": "abacus"}, "--autoencoder_device .*abacus"),
         ({"save_path": tmp_path}, "--save_path"),
+        ({"save_path": checkpoint}, "--save_path needs a new file or an interpretation samples file"),
     ]
     for flags, message in cases:
         with pytest.raises(InputError, match=message):

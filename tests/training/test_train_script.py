@@ -252,7 +252,7 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
     """They reach the checkpoint and the number of rows; and the residual stream has a width of its own."""
     result = train(
         small_dataset, tiny_llama, tmp_path, "residual", num_batches=0, num_tokens=20, skip_positions=4,
-        normalize_dataset="", batches_between_ckpt=0,
+        normalize_dataset="", batches_between_ckpt=0, residual_hookpoint="model.layers.1",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     (checkpoint,) = [path for path in tmp_path.glob("*.pt") if path.stem.isdigit()]
@@ -271,7 +271,7 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
         ({"num_batches": -1}, ["--num_batches", "-1"]),
         ({"batch_size_llm": 0}, ["--batch_size_llm", "0"]),
         ({"batch_size_autoencoder": 0}, ["--batch_size_autoencoder", "0"]),
-        ({"batch_size_autoencoder": 10**6}, ["--batch_size_autoencoder 1000000", "13824"]),
+        ({"batch_size_autoencoder": 10**6}, ["1000000 needs at least as many tokens to train on", "13824"]),
         ({"act_vec_size": 1536}, ["--act_vec_size 48", "1536"]),
         ({"num_tokens": 65}, ["64", "65"]),
         ({"skip_positions": 64}, ["--skip_positions", "64"]),
@@ -286,10 +286,17 @@ def test_normalised_short_and_skipping(small_dataset, tiny_llama, tmp_path):
         ({"dataset_path": "nowhere"}, ["tokenised dataset", "nowhere"]),
         ({"model_name": "./nowhere"}, ["nowhere"]),
         ({"mlp_activations_hookpoint": "model.layers.{}.mlp.act"}, ["closest", "model.layers.1.mlp.act_fn"]),
+        (
+            {"mlp_activations_hookpoint": "model.layers.2.mlp.act_fn"},
+            ["--mlp_activations_hookpoint needs one {} for the layer, or 1 in its place", "layers.2"],
+        ),
+        ({"mlp_activations_hookpoint": "model.norm"}, ["--mlp_activations_hookpoint needs", "model.norm"]),
+        ({"save_path": __file__}, ["--save_path needs a folder", "Not a directory"]),
+        ({"save_path": f"{__file__}/x", "dry_run": ""}, ["--save_path needs a folder", "Not a directory"]),
     ],
 )
 def test_refusals(changed, words, small_dataset, tiny_llama, tmp_path):
-    result = train(small_dataset, tiny_llama, tmp_path / "run", **changed)
+    result = train(small_dataset, tiny_llama, **{"save_path": tmp_path / "run"} | changed)
     assert_refused(result, *words)
     assert not (tmp_path / "run").exists()
 
