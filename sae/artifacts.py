@@ -70,9 +70,16 @@ def read_metrics(path, batch):
 
 
 def is_missing(name):
-    """Whether `name`, of a model or dataset, can only be meant as a place on disk and nothing is there."""
+    """Whether `name`, of a model or dataset, must be meant as a place on disk and nothing is there.
+
+    Where its first part is a folder here, so is what the hub's cache does not have.
+    """
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    local = local or ("/" in name and os.path.isdir(name.partition("/")[0]))
+    if not local and "/" in name and os.path.isdir(name.partition("/")[0]):
+        cached = (f"{kind}--{name.replace('/', '--')}" for kind in ("models", "datasets"))
+        local = not any(os.path.isdir(os.path.join(HF_HUB_CACHE, one)) for one in cached)
     return local and "://" not in name and not os.path.exists(name)
 
 

@@ -109,3 +109,12 @@ def test_what_is_no_hub_name_and_not_there(name, missing, tmp_path, monkeypatch)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     assert artifacts.is_missing(name) is missing
+
+
+def test_a_name_in_the_hubs_cache_may_begin_like_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "org").mkdir()
+    (tmp_path / "cache" / "models--org--kept").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert artifacts.is_missing("org/other") and not artifacts.is_missing("org/kept")
+    assert not artifacts.is_missing("elsewhere/other")
