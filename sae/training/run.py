@@ -117,9 +117,6 @@ def prepare(flags, here=ALONE):
     given = [flags["device_llm"], flags["device_autoencoder"]]
     if here.count > 1 and any(given):
         raise InputError(f"one process needed to choose devices, got {here.count}: each has its own")
-    with here.first_decides():
-        if here.rank == 0:
-            check_folder("--save_path", flags["save_path"])
     device_llm, device = cli.device_pair(*([here.device] * 2 if here.count > 1 else given))
     llm = Place(device_llm, models.pick_dtype(flags["dtype_llm"], device_llm))
     autoencoder = Place(device, models.fast_dtype(device))
@@ -145,6 +142,9 @@ def prepare(flags, here=ALONE):
             f"--dict_vec_size of at least a feature a process needed, got {fewest}, {here.count}"
         )
     paths, preload = [path / name for name in singles], configs[0]["num_batches_preload"]
+    with here.first_decides():
+        if here.rank == 0:
+            check_folder("--save_path", path)
     if not flags["dry_run"]:
         sweep.check_place(path, singles)
         if resume and preload is None:
