@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -104,7 +105,8 @@ def small_dataset(tmp_path_factory, stdlib_contexts, smollm2):
 def _warm():
     """What runs the scripts (warm.py); ends when this process does."""
     streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], text=True, **streams)
+    command = [sys.executable, ROOT / "tests" / "warm.py"]
+    return subprocess.Popen(command, text=True, start_new_session=True, **streams)
 
 
 def _run(words, timeout, cwd, env, fresh=False):
@@ -115,9 +117,14 @@ def _run(words, timeout, cwd, env, fresh=False):
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         asked = [words, str(cwd or os.getcwd()), env, str(out), str(err), timeout]
-        _warm().stdin.write(json.dumps(asked) + "\n")
-        _warm().stdin.flush()
-        status = int(_warm().stdout.readline())
+        try:
+            _warm().stdin.write(json.dumps(asked) + "\n")
+            _warm().stdin.flush()
+            status = int(_warm().stdout.readline())
+        except BaseException:  # a test that is stopped here must not leave its answer to the next one
+            os.killpg(_warm().pid, signal.SIGKILL)
+            _warm.cache_clear()
+            raise
         return subprocess.CompletedProcess(words, status, out.read_text(), err.read_text())
 
 
@@ -129,9 +136,9 @@ def run_script(script, *args, timeout=300, cwd=None, env=None, fresh=False):
     return _run([ROOT / script, *args], timeout, cwd, env, fresh)
 
 
-def run_module(module, *args, timeout=300, env=None):
+def run_module(module, *args, timeout=300, env=None, fresh=False):
     """Run `python -m module` from the repository as a user does; returns the CompletedProcess."""
-    return _run(["-m", module, *args], timeout, ROOT, env)
+    return _run(["-m", module, *args], timeout, ROOT, env, fresh)
 
 
 def assert_refused(result, *words):

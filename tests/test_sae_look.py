@@ -99,7 +99,7 @@ def look(monkeypatch, capsys, checkpoint, *flags):
 
 
 def test_the_command_prints_what_fires_and_what_it_was_explained_as(checkpoint, journal):
-    result = run_module("sae.look", checkpoint, "--text", TEXT, "--explanations", journal)
+    result = run_module("sae.look", checkpoint, "--text", TEXT, "--explanations", journal, fresh=True)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == TEXT.replace("\n", "\\n")  # no colour in a pipe, no control character

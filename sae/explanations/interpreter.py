@@ -246,6 +246,8 @@ def _keeps_keys_and_values(model):
     """Whether all that later tokens need of earlier ones is keys and values, one of each for every token."""
     from transformers import DynamicCache
 
+    from sae.explanations.sharing import Shared
+
     if getattr(model, "_is_stateful", False):
         return False
     cache = DynamicCache()
@@ -253,6 +255,7 @@ def _keeps_keys_and_values(model):
         for _ in range(2):
             token = torch.ones(1, 1, dtype=torch.long, device=model.device)
             model(input_ids=token, past_key_values=cache, use_cache=True)
+        model(input_ids=token, past_key_values=Shared([(of.keys, of.values) for of in cache.layers], True))
         return {layer.keys.shape[2] for layer in cache.layers} == {2}
     except Exception:  # each model without such a cache fails in its own way
         return False

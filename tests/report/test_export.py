@@ -78,7 +78,7 @@ def test_sae_lens_folder_gives_the_same_sums(checkpoint, tmp_path):
 
 
 def test_safetensors_folder_holds_the_checkpoint_as_it_is(checkpoint, tmp_path):
-    result = export(checkpoint, tmp_path / "out", "--format", "safetensors")
+    result = export(checkpoint, tmp_path / "out", "--format", "safetensors", fresh=True)
     assert result.returncode == 0, result.stderr
     given = torch.load(checkpoint, weights_only=True)
     weights = load_file(tmp_path / "out" / "autoencoder.safetensors")

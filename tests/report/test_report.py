@@ -112,7 +112,7 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     folder, flags = run
     page_path, checkpoint = folder / "r.html", folder / "7.pt"
     flags = [*flags, "--autoencoder_path", checkpoint, "--out", page_path]
-    result = run_module("sae.report", folder / "samples.pt", *flags)
+    result = run_module("sae.report", folder / "samples.pt", *flags, fresh=True)
     assert result.returncode == 0 and "r.html" in result.stdout, result.stderr
     page = page_path.read_text()
     data, packed = data_of(page)
