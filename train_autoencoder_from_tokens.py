@@ -57,7 +57,7 @@ def parse_args():
     add("--neuron_resampling_method", choices=REVIVALS, help="for dead features; default: off")
     add("--neuron_resampling_interval", type=positive, default=25000, help="training steps between revivals")
     add("--normalize_dataset", action="store_true", help="scale activations to L2 norm sqrt(act_vec_size)")
-    add("--scale_dataset", action=YES_NO, help="one factor for all instead; default: yes, no for relu")
+    add("--scale_dataset", action=YES_NO, help="all activations by one factor; default: yes, relu: no")
     for layer_type, module in HOOKPOINTS.items():
         add(f"--{layer_type}_hookpoint", default=module, metavar="MODULE", help="its module; {} is the layer")
     add("--resume", action="store_true", help="go on with the run in save_path; needs the same flags")

@@ -41,7 +41,7 @@ def default_of(action):
     if not action.option_strings:
         return ""
     if isinstance(action, argparse.BooleanOptionalAction):
-        return "on" if action.default else "off"
+        return {None: "", True: "on", False: "off"}[action.default]
     if action.nargs == 0:
         return "off"
     if action.default is None:
