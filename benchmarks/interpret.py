@@ -108,6 +108,7 @@ def memory_of_a_share(name, dtype):
     watcher.join()
     here.everyone(None)
     print(f"\n{json.dumps({'most': most[0] - before})}", flush=True)
+    processes.Parser("").exit()
 
 
 def memory(model):

@@ -1,6 +1,5 @@
 """The processes that `deepspeed` started: their ranks, what they exchange, a model shared among them."""
 
-import atexit
 import itertools
 import json
 import os
@@ -223,10 +222,11 @@ def join(num_gpus):
     if count > 1:
         # gloo beside nccl: what the processes tell each other goes over the CPU, no GPU waits for it.
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        store, _, _ = next(torch.distributed.rendezvous("env://"))
-        torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
-        # Its threads must be gone before Python is: they abort a process that exits with another status.
-        atexit.register(torch.distributed.destroy_process_group)
+        try:
+            store, _, _ = next(torch.distributed.rendezvous("env://"))
+            torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=count)
+        except torch.distributed.DistError as err:
+            raise InputError(f"a free port to meet at needed (deepspeed --master_port N), {err}") from err
     return here._replace(store=store)
 
 
@@ -292,9 +292,18 @@ class Parser(cli.Parser):
             message = f"process {rank}: {message}"
         super().error(message)
 
+    @contextmanager
+    def friendly_errors(self):
+        with super().friendly_errors():
+            try:
+                yield
+            except SystemExit as end:
+                self.exit(end.code)
+
     def exit(self, status=0, message=None):
-        if status and "RANK" in os.environ:
-            # At once: gloo's threads can abort an orderly end, and the launcher would pass on that status.
+        if launched():
+            # At once: torch's threads can abort an orderly end, and the launcher would pass on that status.
             print(message or "", end="", file=sys.stderr, flush=True)
-            os._exit(status)
+            sys.stdout.flush()
+            os._exit(status or 0)
         super().exit(status, message)

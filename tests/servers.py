@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import os
+import random
 import signal
 import socket
 import ssl
@@ -26,6 +27,11 @@ def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def meeting_port():
+    """For processes to meet at: below those that connections are given, so that none takes it meanwhile."""
+    return random.SystemRandom().randrange(20_000, 32_000)
 
 
 class NoidaServer:

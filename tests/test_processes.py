@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
-from servers import free_port
+from servers import meeting_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SHARES = """
@@ -29,6 +30,7 @@ for name in sys.argv[1:]:
         apart = (share(ids_BT).logits - whole(ids_BT).logits).abs().max().item()
     held = sum(getattr(each, "_local_tensor", each).numel() for each in share.parameters())
     print(json.dumps([name, apart, held / sum(each.numel() for each in whole.parameters())]), flush=True)
+processes.Parser("").exit()
 """
 
 
@@ -65,16 +67,26 @@ for how in ("uneven", "stop", "death"):
         lost = str(err)
     _set_pg_timeout(timedelta(seconds=60))
     print(json.dumps(["", begun, results, lost]), flush=True)
-os._exit(2)
+processes.Parser("").exit(2)
+"""
+
+ENDING = """
+import atexit, os, sys
+from sae import processes
+with processes.Parser("").friendly_errors():
+    here = processes.join(2)
+    atexit.register(os.abort)  # as a thread of torch did once, in a run whose work was done
+    sys.stdout.write(f'["{here.from_first(1)}"]')
+    sys.exit(3 * here.rank)
 """
 
 
-def together(program, *args):
-    """[(status, output lines that are JSON, what it said elsewhere)] of two processes that run `program`."""
-    port, started = str(free_port()), []
-    for rank in "01":
-        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env = os.environ | ranks | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+def together(program, *args, port=None, ranks="01"):
+    """[(status, output lines that are JSON, what it said elsewhere)] of these of two processes."""
+    port, started = str(port or meeting_port()), []
+    for rank in ranks:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env = os.environ | place | {"MASTER_PORT": port, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
         command = [sys.executable, "-c", program, *map(str, args)]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, env=env, text=True, **streams))
@@ -154,3 +166,14 @@ def test_what_was_finished_reaches_the_first_process_before_it_hears_of_a_death(
     # The third item of the one that died is lost, and nothing else.
     assert items[0] == begun and len(items[1]) == 2 and len(begun) == 3
     assert "another one has ended" in lost
+
+
+def test_the_end_of_a_process_is_its_own_status_whatever_torch_does():
+    assert together(ENDING) == [(0, [["1"]], ""), (3, [["1"]], "")]
+
+
+def test_a_port_that_another_run_has_is_one_line():
+    with socket.create_server(("", 0)) as taken:
+        ((status, said, line),) = together(ENDING, ranks="0", port=taken.getsockname()[1])
+    assert (status, said, line.count("\n")) == (2, [], 1), line
+    assert "a free port to meet at needed (deepspeed --master_port N)" in line and "in use" in line

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_dataset
-from servers import KEY, api_key
+from servers import KEY, api_key, meeting_port
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from sae.artifacts import fingerprint
@@ -97,7 +96,7 @@ def start(folder, inputs, elasticsearch_url, model, **flags):
     """The script under the real launcher, in a process group of its own; its output goes to `folder`/log."""
     folder.mkdir(exist_ok=True)
     (folder / "samples.pt").write_bytes((inputs / "samples.pt").read_bytes())
-    count, port = str(flags.get("num_gpus", 1)), str(random.SystemRandom().randrange(20_000, 60_000))
+    count, port = str(flags.get("num_gpus", 1)), str(meeting_port())
     command = [Path(sys.executable).parent / "deepspeed", "--num_gpus", count, "--master_port", port]
     command += [ROOT / "interpret_autoencoder_deepspeed.py", elasticsearch_url, f"@{inputs / 'key'}"]
     with open(folder / "log", "wb") as out:

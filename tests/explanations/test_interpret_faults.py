@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, write_dataset
-from servers import KEY, NoidaServer, Proxy, api_key, dropped, refusal, slow
+from servers import KEY, NoidaServer, Proxy, api_key, dropped, meeting_port, refusal, slow
 
 from sae.activations import activations_at, find_hookpoint
 from sae.artifacts import fingerprint
@@ -90,7 +90,7 @@ class Run(NamedTuple):
             "num_interpretation_samples": 1, "num_simulation_samples": 1, "num_gpus": 1, "batch_size": 2,
             "dtype": "float32", "index": INDEX, "server_patience": 60,
         } | flags  # fmt: skip
-        port = str(random.SystemRandom().randrange(20_000, 60_000))
+        port = str(meeting_port())
         launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", "2", "--master_port", port]
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"} if options["num_gpus"] == 1 else {}
         command = [sys.executable] if alone else launcher

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pickle
-import random
 import shutil
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_dataset
+from servers import meeting_port
 
 import generate_interpretation_samples as script
 from sae import InputError
@@ -309,7 +309,7 @@ def test_bad_values_are_refused(flag, value):
 
 def launch(count, *args, **options):
     """The script on `count` processes, as the launcher of deepspeed starts them, in a group of its own."""
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(meeting_port())
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [
         launcher,

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, assert_refused, run_script, write_dataset
+from servers import meeting_port
 from test_train_script import SCRIPT, contents, flags
 
 from sae import InputError, load_autoencoder
@@ -39,7 +39,7 @@ RUNS = {name: run | {"architecture": name} for name, run in RUNS.items()}
 
 def start(count, command):
     """`count` processes as a launcher starts them, in this one's group."""
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(meeting_port())
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
@@ -173,7 +173,7 @@ def test_four_processes(exactly, alone):
 
 def launch(*command):
     """`deepspeed` on 2 processes, in a group of its own."""
-    port = str(random.SystemRandom().randrange(20_000, 60_000))
+    port = str(meeting_port())
     launcher = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", port]
     return subprocess.Popen(
         [*map(str, [*launcher, ROOT / SCRIPT, *command, "--num_gpus", 2])], stdout=subprocess.PIPE,

@@ -40,3 +40,4 @@ def run(words, stop):
 
 for one in json.loads(sys.argv[1]):
     run(*one)
+processes.Parser("").exit()
