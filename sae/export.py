@@ -88,7 +88,7 @@ def new_folder(out):
         folder = Path(partial, "whole")  # with the rights that new folders have
         folder.mkdir()
         yield folder
-        for path in folder.rglob("*"):
+        for path in (folder, *folder.rglob("*")):
             sync(path)
         os.replace(folder, out)
     sync(out.parent)

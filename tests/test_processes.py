@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from servers import meeting_port
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from sae.processes import Processes
+
 SHARES = """
 import json, sys
 import torch
@@ -103,13 +105,16 @@ def together(program, *args, port=None, ranks="01"):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory, tiny_llama):
-    """Models that go round among two processes, whose heads do not, without a plan; two broken ones."""
-    made = [tmp_path_factory.mktemp(name) for name in ("odd", "opt", "gpt2", "lacking", "longer")]
+    """Models that go round among two processes, whose heads or keys do not, without a plan; broken ones."""
+    made = [tmp_path_factory.mktemp(name) for name in ("odd", "one", "opt", "gpt2", "lacking", "longer")]
     sizes = {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 96}
+    one = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 96}
+    one |= {"num_key_value_heads": 1}
     opt = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     opt |= {"word_embed_proj_dim": 32, "pad_token_id": 0}
     gpt2 = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-    for folder, kind, config in zip(made, ("gpt_neox", "opt", "gpt2"), (sizes, opt, gpt2), strict=False):
+    kinds = {"gpt_neox": sizes, "llama": one, "opt": opt, "gpt2": gpt2}
+    for folder, (kind, config) in zip(made, kinds.items(), strict=False):
         torch.manual_seed(0)
         config = AutoConfig.for_model(kind, vocab_size=96, initializer_range=0.2, **config)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -117,7 +122,7 @@ def folders(tmp_path_factory, tiny_llama):
     embedding = weights["model.embed_tokens.weight"]
     lacking = {name: each for name, each in weights.items() if name != "model.layers.1.mlp.up_proj.weight"}
     longer = weights | {"model.embed_tokens.weight": torch.cat([embedding, embedding[:1]])}
-    for folder, changed in zip(made[3:], (lacking, longer), strict=True):
+    for folder, changed in zip(made[4:], (lacking, longer), strict=True):
         AutoConfig.from_pretrained(tiny_llama).save_pretrained(folder)
         save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
     return [tiny_llama, *map(str, made)]
@@ -126,14 +131,21 @@ def folders(tmp_path_factory, tiny_llama):
 def test_shares_of_a_model_are_read_alone_and_give_what_the_whole_gives(folders):
     ended = together(SHARES, *folders)
     assert [status for status, _said, _err in ended] == [0, 0], ended
-    even, odd, opt, gpt2, lacking, longer = ended[0][1]
-    for (name, apart, held), most in ((even, 0.51), (odd, 0.7)):
+    even, odd, one, opt, gpt2, lacking, longer = ended[0][1]
+    for (name, apart, held), most in ((even, 0.51), (odd, 0.7), (one, 0.7)):
         assert apart < 1e-4 and held < most, name
     assert opt[1] < 1e-4 and "--parallel data needed, DeepSpeed splits no gpt2" in gpt2[1]
     assert "no plan for shares" in ended[0][2] and "no plan for shares" not in ended[1][2]
     assert "lacks 1: model.layers.1.mlp.up_proj.weight" in lacking[1]
     assert "model.embed_tokens.weight of shape" in longer[1] and "a process's share" in longer[1]
-    assert ended[1][1][3:] == [gpt2, lacking, longer]  # all refuse what one refuses
+    assert ended[1][1][4:] == [gpt2, lacking, longer]  # all refuse what one refuses
+
+
+def test_processes_of_other_machines_are_no_neighbours(monkeypatch):
+    here = Processes(0, 4, "cpu")
+    for said, neighbours in (("", 4), ("2", 2), ("8", 4)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", said)
+        assert here.neighbours == neighbours
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ def fields(line):
 
 
 def test_each_token_has_its_features_strongest_first(checkpoint):
-    found = firing(sae.load_autoencoder(checkpoint), TEXT)
+    found = firing(sae.load_autoencoder(checkpoint), TEXT, top=20)  # more than there are
     assert "".join(text for text, _ in found) == TEXT
     for text, features in found:
         dims = [dim for dim, _ in features]
@@ -107,6 +107,7 @@ def test_the_command_prints_what_fires_and_what_it_was_explained_as(checkpoint, 
     assert fields(lines[3]) == ["import", "7", "0.25", "everything"]
     token, dim, _fires, score, text = fields(lines[4])
     assert (token, dim, score, text) == ("os", "5", "0.88", "the module\\x1b[31m os")
+    assert lines[5].split() == ["7", "0.25", "everything"]
     assert "nothing" not in result.stdout
 
 
@@ -114,10 +115,12 @@ def test_the_index_is_asked_for_what_fires(checkpoint, documents, elasticsearch_
     client, index = connect(elasticsearch_url, api_key()), f"sae-look-{time.time_ns():x}"
     ensure_index(client, index, documents[0])
     with Writer(client, index, 5) as writer:
-        writer.submit(documents)
-    assert writer.sent == 3
+        writer.submit(documents + [documents[-1] | {"dim": dim} for dim in range(9, 20)])
+    assert writer.sent == 14
     flags = ("--text", TEXT, "--server", elasticsearch_url, "--index", index, "--api_key", api_key())
     lines = look(monkeypatch, capsys, checkpoint, *flags).splitlines()
+    args = sae.look.parse_args()[1]
+    assert len(sae.look.explained(set(range(20)), sae.load_autoencoder(checkpoint), args)) == 14
     client.indices.delete(index=index)
     assert fields(lines[3]) == ["import", "7", "0.25", "everything"]
     assert fields(lines[4])[-2:] == ["0.88", "the module\\x1b[31m os"]
@@ -148,7 +151,8 @@ def test_a_terminal_gets_colour_unless_it_wants_none(checkpoint, monkeypatch, ca
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert "\x1b" in look(monkeypatch, capsys, checkpoint, "--text", TEXT)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in look(monkeypatch, capsys, checkpoint, "--text", TEXT)
+    plain = look(monkeypatch, capsys, checkpoint, "--text", TEXT, "--top", "1")
+    assert "\x1b" not in plain and " 5 " in plain and sum(" 7 " in line for line in plain.splitlines()) == 10
 
 
 def test_what_does_not_belong_together_is_refused(

@@ -11,9 +11,9 @@ FREE_FLAGS = {
 
 def held_out_contexts(flags, info):
     """Contexts to judge by. Not given: a twentieth of the tokens between two checkpoints, 128 to 4096."""
-    batches = [flags[name] for name in ("num_batches", "batches_between_ckpt") if flags[name]]
-    tokens = min(batches, default=info["rows"]) * flags["batch_size_autoencoder"]
-    contexts = tokens // (20 * (flags["num_tokens"] or info["min_tokens"]))
+    context, size = flags["num_tokens"] or info["min_tokens"], flags["batch_size_autoencoder"]
+    tokens = [flags[name] * size for name in ("num_batches", "batches_between_ckpt") if flags[name]]
+    contexts = min(tokens, default=info["rows"] * context) // (20 * context)
     return flags["held_out_contexts"] or min(max(contexts, 128), 4096)
 
 

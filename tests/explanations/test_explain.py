@@ -3,7 +3,7 @@
 import torch
 
 from sae.explanations.evidence import Context, Feature
-from sae.explanations.explain import Explainer, Settings
+from sae.explanations.explain import MOST_CONTROLS, Explainer, Settings
 
 
 class Writer:
@@ -174,8 +174,9 @@ def test_without_another_meaning_there_is_no_control():
     alone = explainer(feature(1, "import"))[0].group([0])[0]
     assert alone["control"] is None and alone["control_dim"] is None and alone["score"] == 1.0
     assert "explanation of other words" in alone["control_reason"]
-    same = explainer(feature(1, "import"), feature(2, "import"))[0].group([0])[0]
-    assert same["control_dim"] is None
+    same = [feature(dim, "import") for dim in range(MOST_CONTROLS + 1)]
+    document = explainer(*same, feature(99, "try"))[0].group([0])[0]
+    assert document["control_dim"] is None  # the one of other words is too far away
 
 
 def test_beside_the_score_stands_what_counting_scores():

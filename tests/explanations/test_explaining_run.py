@@ -1,9 +1,11 @@
 """What an explaining run says: its bar, its forecast, its last line."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from sae.explanations.explain import Settings
-from sae.explanations.run import Bar, explained, forecast, summary
+from sae.explanations.run import Bar, Work, explained, forecast, summary
 
 
 def document(score, control, interval=(0.2, 0.6), hand="counted"):
@@ -33,7 +35,7 @@ class Explainer:
         return [{"dim": place} for place in places]
 
     def tokens_read(self):
-        return 1_000
+        return 1_000_000
 
 
 def test_the_bar_moves_within_a_group_and_never_back_or_beyond():
@@ -53,9 +55,18 @@ def test_the_bar_moves_within_a_group_and_never_back_or_beyond():
         assert bar.n == 4
 
 
-def test_the_forecast_reckons_all_features_by_the_first_group():
+def test_the_forecast_reckons_all_features_by_the_first_group(monkeypatch):
+    clock = iter((0.0, 3600.0))
+    monkeypatch.setattr("sae.explanations.run.time", SimpleNamespace(monotonic=lambda: next(clock)))
     said = forecast(Plan([0, 1], [2, 3], [4, 5], [6, 7]), Explainer())
-    assert said.startswith("2 features took 500 tokens and 0.0 s each: 8 would take 0.0 million tokens")
+    assert said == (
+        "2 features took 500,000 tokens and 1800.0 s each: 8 would take 4.0 million tokens and 4.0 hours"
+    )
+
+
+def test_what_the_journal_holds_is_not_written_twice():
+    work = Work(None, None, {"layer": 1}, {3: {}})
+    assert work.new([{"dim": 3}, {"dim": 4}]) == [{"layer": 1, "dim": 4}]
 
 
 class Here:

@@ -65,7 +65,7 @@ def test_sae_lens_folder_gives_the_same_sums(checkpoint, tmp_path):
     assert cfg["metadata"]["hook_name"] == "model.layers.3.mlp.act_fn"
     assert cfg["metadata"]["model_class_name"] == "AutoModelForCausalLM"
     assert cfg["metadata"]["model_name"] == "someone/some-llm"
-    assert cfg["metadata"]["seqpos_slice"] == [2, 32]
+    assert (cfg["metadata"]["seqpos_slice"], cfg["metadata"]["context_size"]) == ([2, 32], 64)
     w = load_file(tmp_path / "out" / "sae_weights.safetensors")
     x_ND = torch.randn(20, 8, generator=torch.Generator().manual_seed(1)) * 5
     scale_N1 = 8**0.5 / x_ND.norm(dim=1, keepdim=True)
@@ -98,9 +98,19 @@ def test_card_is_written_from_the_checkpoints_own_metrics(checkpoint, tmp_path):
     for shown in ("| 12.3 |", "| 0.876 |", "| 0.910 |", "| 6.2% |"):
         assert shown in card.text
     (checkpoint.parent / "metrics.jsonl").unlink()
-    write(checkpoint, tmp_path / "without", "safetensors")
+    write(checkpoint, tmp_path / "without", "safetensors", "./local")
     card = ModelCard.load(tmp_path / "without" / "README.md")
-    assert "No metrics" in card.text and card.data.library_name is None
+    assert "No metrics" in card.text and card.data.library_name is card.data.base_model is None
+
+
+def test_a_folder_is_on_disk_before_it_has_its_name(checkpoint, tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("sae.artifacts.sync", lambda path: synced.append((path, (tmp_path / "out").exists())))
+    write(checkpoint, tmp_path / "out", "safetensors")
+    *before, after = synced
+    assert after == (tmp_path, True) and not any(there for _, there in before)
+    names = {"whole", "README.md", "autoencoder.safetensors", "config.json"}
+    assert {path.name for path, _ in before} == names
 
 
 def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
@@ -122,9 +132,16 @@ def test_nothing_is_overwritten_and_no_part_is_left(checkpoint, tmp_path):
     [("relu", "standard"), ("topk", "topk"), ("batchtopk", "jumprelu"), ("jumprelu", "jumprelu")],
 )
 def test_sae_lens_knows_each_architecture_by_its_own_name(architecture, theirs):
-    config = {"act_vec_size": 8, "dict_vec_size": 16, "model_name": "m", "hookpoint": "h", "k": 5}
+    config = {
+        "act_vec_size": 8,
+        "dict_vec_size": 16,
+        "model_name": "m",
+        "hookpoint": "h",
+        "k": 5,
+        "num_tokens": 0,
+    }
     cfg = sae_lens_config(config | {"architecture": architecture})
-    assert cfg["architecture"] == theirs
+    assert cfg["architecture"] == theirs and cfg["metadata"]["seqpos_slice"] == [0, None]
     topk = {"k": 5, "rescale_acts_by_decoder_norm": False} if architecture == "topk" else {}
     assert {key: cfg[key] for key in ("k", "rescale_acts_by_decoder_norm") if key in cfg} == topk
 

@@ -7,6 +7,7 @@ from sae import InputError
 from sae.activations import activations_at, find_hookpoint
 from sae.autoencoder import Autoencoder
 from sae.models import load_model
+from sae.training import evaluation
 from sae.training.evaluation import Judge, _recovered, split_held_out
 
 
@@ -44,7 +45,8 @@ def kl_of(model, ids_BT, replace):
 
 
 @pytest.mark.parametrize("skip", [0, 2])
-def test_against_the_obvious_way(hooked, ids_BT, skip):
+def test_against_the_obvious_way(hooked, ids_BT, skip, monkeypatch):
+    monkeypatch.setattr(evaluation, "SLICE", 16)  # less than the rows of a batch
     model, module = hooked
     ae = Autoencoder(32, 64, normalize=True, rng=torch.Generator().manual_seed(1))
     x_ND = activations_at(model, module, ids_BT)[:, skip:].reshape(-1, 32).clone()
@@ -100,11 +102,15 @@ def test_what_does_not_change_is_computed_once(hooked, ids_BT):
     ids_MT = ids_BT[:, :3].repeat(20, 1)
     judge, passes = Judge(model, module, ids_MT, np.arange(120), batch_size=32), []
     handle = model.register_forward_hook(lambda _mod, _in, _out: passes.append(1))
-    (first,) = judge.figures([Autoencoder(32, 64)])
+    (first,) = judge.figures([ae := Autoencoder(32, 64)])
     assert len(passes) == 4 * 3
+    with torch.no_grad():
+        kl = kl_of(model, ids_MT[:64], lambda out: ae(out.flatten(0, 1)).view_as(out))
+    assert first["kl"] == pytest.approx(kl, rel=2e-3)
+    passes.clear()
     _, second = judge.figures([Autoencoder(32, 64), Autoencoder(32, 64)])
     handle.remove()
-    assert len(passes) == 4 * 3 + 4 * 2 + 2
+    assert len(passes) == 4 * 2 + 2
     assert {key: first[key] for key in ("ce", "ce_zero")} == {key: second[key] for key in ("ce", "ce_zero")}
 
 

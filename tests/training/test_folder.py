@@ -100,7 +100,26 @@ def test_a_picture_of_a_revival_before_the_first_line_of_the_log(tmp_path, capsy
     folder.append([{"event": "resample", "batch": 1, "tokens": 8}])
     folder.save_checkpoint(trainer, FIGURES | {"l0": 0.0})
     assert {path.name for path in (tmp_path / "images").iterdir()} == {"1.png", "loss_curves.png"}
+    assert folder.metrics()[-1]["dead_share"] == (trainer.fired_RF.sum(0) == 0).float().mean().item()
     assert capsys.readouterr().err == ""
+
+
+def test_the_metrics_are_on_disk_before_the_state_that_counts_them(tmp_path, monkeypatch):
+    folder, trainer = started(tmp_path)
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    folder.save_resume(trainer)
+    assert synced[0] == str(tmp_path / "metrics.jsonl") and "/.resume.pt." in synced[1]
+
+
+def test_a_run_that_knows_its_model_by_name_alone_goes_on(tmp_path):
+    """One of version 0.1."""
+    folder, _trainer = started(tmp_path)
+    folder._handle.close()
+    config = folder.config | {"model_fingerprint": "f"}
+    RunFolder(tmp_path, config, True)._handle.close()
+    with pytest.raises(InputError, match=r"model_name was tiny, is other$"):
+        RunFolder(tmp_path, config | {"model_name": "other"}, True)
 
 
 def test_tensorboard_gets_what_the_metrics_hold(tmp_path):

@@ -133,9 +133,12 @@ def test_who_counts_as_dead(method):
 def test_anthropic_draws_from_the_buffer():
     rows_ND = torch.randn(10, 2, generator=torch.Generator().manual_seed(1))
     trainer = one_sided({0})
-    run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
     ae = trainer.autoencoder
-    directions = torch.nn.functional.normalize(rows_ND - ae.b_dec, dim=1)
+    ae.b_enc.data *= 10
+    ae.b_dec.data += 0.5
+    ae.factor = 3.0
+    run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
+    directions = torch.nn.functional.normalize(3 * rows_ND - ae.b_dec, dim=1)
     for feature in (1, 2, 3):
         assert (directions @ ae.W_dec[feature]).max() > 1 - 1e-5
 
@@ -149,6 +152,15 @@ def test_same_seed_same_revival():
         run_until(trainer, rows_ND, Resampling("anthropic", 4), 4)
         results.append(trainer.autoencoder.W_dec.detach().clone())
     assert torch.equal(*results)
+
+
+def test_each_revival_draws_anew():
+    trainer, plan, drawn = one_sided(()), Resampling("replacement", 4), []
+    for batch in (4, 8):
+        trainer.batch, trainer.silent_F[:] = batch, 4
+        assert trainer.resample(plan, 0, None)["revived"] == 4
+        drawn.append(trainer.autoencoder.W_dec.detach().clone())
+    assert not torch.allclose(*drawn)
 
 
 @pytest.mark.parametrize("living", [True, False])

@@ -182,7 +182,7 @@ def test_resuming_a_finished_run_does_nothing(small_dataset, tiny_llama, tmp_pat
     more = {"num_batches": 10, "num_batches_preload": 30, "resume": ""}
     assert train(small_dataset, tiny_llama, tmp_path, **more).returncode == 0
     before = contents(tmp_path)
-    result = train(small_dataset, tiny_llama, tmp_path, **more)
+    result = train(small_dataset, tiny_llama, tmp_path, **more, device_llm="cpu", device_autoencoder="cpu")
     assert result.returncode == 0 and "nothing to do" in result.stdout, result.stderr
     assert contents(tmp_path) == before
 

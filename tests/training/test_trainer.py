@@ -63,6 +63,18 @@ def test_a_step_is_autograd_projection_adam_and_renormalisation(normalize):
     for name, want in zip(names, weights, strict=True):
         assert torch.allclose(getattr(ae, name).double(), want, atol=2e-5), name
     assert torch.allclose(ae.W_dec.norm(dim=1), torch.ones(20), atol=1e-6)
+    with torch.no_grad():  # by which `anthropic` draws
+        assert trainer._row_losses(rows(32, 4)).mean() == pytest.approx(
+            float(sum(by_the_paper(weights, x_ND)[:2]))
+        )
+
+
+def test_thresholds_stay_above_0():
+    trainer = Trainer(Autoencoder(6, 20, architecture="jumprelu"), 1e-2, L1, target_l0=2.0)
+    trainer.autoencoder.threshold.data.fill_(1e-3)
+    trainer.autoencoder.threshold.grad.fill_(1.0)
+    trainer.update()
+    assert not trainer.autoencoder.threshold.any()
 
 
 def test_counts_of_what_fired():
