@@ -148,6 +148,11 @@ def test_processes_of_other_machines_are_no_neighbours(monkeypatch):
         assert here.neighbours == neighbours
 
 
+def test_shares_leave_nothing_over():
+    shares = [Processes(rank, 3, "cpu").share(10) for rank in range(3)]
+    assert shares == [slice(0, 3), slice(3, 6), slice(6, 10)]
+
+
 @pytest.fixture(scope="module")
 def handed_out():
     """Of both processes: the items that it began, the results it was given, what it lost; for three runs."""

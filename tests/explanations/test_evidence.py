@@ -61,7 +61,7 @@ def test_marks_are_places_in_the_text_whatever_it_holds():
 def test_tokens_are_listed_strongest_first_and_once():
     contexts = [
         Context(0, ["a", " b", "c"], torch.tensor([1.0, 2.0, 0.0])),
-        Context(1, ["a", "\n", "d"], torch.tensor([3.0, 0.5, 0.0])),
+        Context(1, ["a", "\n", "a"], torch.tensor([3.0, 0.5, 1.0])),
     ]
     assert fired_on(contexts) == ["a", "b", "\\n"]
 

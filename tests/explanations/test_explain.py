@@ -95,6 +95,8 @@ def test_the_hand_that_simulates_best_on_the_judging_contexts_is_kept():
     assert (first["score"], second["score"]) == (1.0, 1.0)
     better, _, _ = explainer(feature(1, "import"), sentences=("the word import",))
     assert better.group([0])[0]["explained_by"] == "counted"  # said by both: whoever said it first
+    equal, _, _ = explainer(unsure(feature(1, "import")), sentences=("the name import",))
+    assert equal.group([0])[0]["explained_by"] == "text"  # as good in other words: whoever said it last
 
 
 def test_the_llm_is_not_asked_where_counting_is_enough_and_what_is_read_is_read_together():

@@ -39,8 +39,8 @@ class Explainer:
 
 
 def test_the_bar_moves_within_a_group_and_never_back_or_beyond():
-    plan, shown = Plan([0, 1], [2, 3], batch_size=2), []
-    with Bar(plan, [1], shown=False) as bar:
+    plan, shown = Plan([0, 1], [2, 3], [4, 5], batch_size=2), []
+    with Bar(plan, [1, 2], shown=False) as bar:
         bar.update = lambda step: (shown.append(step), setattr(bar, "n", bar.n + step))
         assert bar.n == 2  # the first group is done
         for _ in range(4):
@@ -53,6 +53,8 @@ def test_the_bar_moves_within_a_group_and_never_back_or_beyond():
         assert bar.n == 4 and min(shown) >= 0
         bar.reach(2)
         assert bar.n == 4
+        bar.step("written")  # of the next group
+        assert bar.n == pytest.approx(4.25)
 
 
 def test_the_forecast_reckons_all_features_by_the_first_group(monkeypatch):

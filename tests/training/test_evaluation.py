@@ -93,6 +93,13 @@ def test_a_perfect_autoencoder(hooked, ids_BT, capsys):
     assert "judging" in capsys.readouterr().err
 
 
+def test_the_divergence_is_that_of_the_llms_own_predictions_from_the_others():
+    both = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    own, other = (torch.distributions.Categorical(logits=logits_BTV[:, :-1]) for logits_BTV in both)
+    want_B = torch.distributions.kl_divergence(own, other).sum(1)
+    assert evaluation._divergences(*both) == pytest.approx(want_B.tolist(), rel=1e-5)
+
+
 def test_what_does_not_change_is_computed_once(hooked, ids_BT):
     """The second time a pass less: zeros in place say the same whatever the autoencoder is.
 
@@ -120,6 +127,7 @@ def test_held_out_documents_are_drawn_from_all_over_and_not_trained_on():
     assert len(held_out) == 256
     drawn = set(documents[held_out])
     assert len(drawn) == 10 and min(drawn) < 33 and max(drawn) > 66
+    assert set(documents[held_out[:64]]) == drawn  # those that the divergence is taken of
     assert not set(documents[training]) & drawn
     assert len(training) == 90 * 50
     # From a document not its first contexts but any, and about as many as from another.

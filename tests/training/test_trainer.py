@@ -5,6 +5,7 @@ import torch
 
 from sae import InputError
 from sae.autoencoder import Autoencoder
+from sae.processes import Processes
 from sae.training.buffer import ShuffleBuffer
 from sae.training.trainer import Resampling, Trainer, geometric_median
 from sae.training.trainer import new_trainer as trainer_of
@@ -269,6 +270,15 @@ def test_state_restores_to_the_same_bits(stop):
         assert torch.equal(value, again.autoencoder.state_dict()[name])
     assert torch.equal(whole.log10_frequency(25)[0], again.log10_frequency(25)[0])
     assert torch.equal(whole.silent_F, again.silent_F)
+
+
+def test_losses_before_a_stop_are_the_first_process_s_where_several_go_on():
+    trainer = new_trainer()
+    trainer.step(rows(8))
+    for rank in (0, 1):
+        one = Trainer(Autoencoder(6, 20, here=Processes(rank, 2, "cpu")), 1e-2, L1)
+        one.restore(trainer.state())
+        assert torch.equal(one.losses[0], trainer.losses[0] * (rank == 0))
 
 
 def planted(dictionary_GD, count, rng):
