@@ -120,7 +120,7 @@ def least(largest_NK, k, here):
 class Checkpoint(NamedTuple):
     config: dict
     autoencoder: Autoencoder
-    log10_frequency: torch.Tensor  # [F], -inf where a feature never fired since the checkpoint before
+    log10_frequency: torch.Tensor  # [F], over config's frequency_tokens; -inf where a feature never fired
     fingerprint: str  # of the file
 
 

@@ -84,6 +84,17 @@ def test_every_pt_file_opens_without_unpickling(suite):
         torch.load(path, weights_only=True)
 
 
+def test_the_docs_name_every_field(suite):
+    out, checkpoint, samples, _ = suite
+    page, flags = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("files", "train"))
+    saved, found = torch.load(samples, weights_only=True), torch.load(checkpoint, weights_only=True)
+    info = json.loads((out / "tokens" / "tokenized_dataset.json").read_text())
+    fields = {*info, *found, *saved, "scale_factor", "<samples stem>.png"}
+    configs = {one for one in {*found["config"], *saved["config"]} if f"| `--{one}`" not in flags}
+    lacking = [one for one in sorted(fields | configs) if f"`{one}`" not in page]
+    assert lacking == ["layer_id"]  # the argument
+
+
 def test_scripts_refuse_what_does_not_belong_together(suite, smollm2, stdlib, tmp_path):
     out, checkpoint, samples, _ = suite
     other = tmp_path / "other"
