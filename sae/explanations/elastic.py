@@ -180,8 +180,7 @@ def _same_index(client, index, origin):
         return
     meta, fields = there.get("_meta", {}), there.get("properties", {})
     if "autoencoder_fingerprint" in meta and "settings" not in meta:  # of the version before
-        hits = client.search(index=index, size=1)["hits"]["hits"]
-        meta = (hits[0]["_source"] if hits else owner) | meta  # its documents say the rest
+        meta = next(iter(_found(client, index, size=1)), owner) | meta  # its documents say the rest
     refuse_other(f"the index {index}", meta, owner, "--index names another")
     if (
         meta != owner or fields | MAPPING != fields
@@ -221,11 +220,15 @@ def search(server_address, index, query=None, size=10, api_key="none", ssl_cert=
     named = {"query_string": {"query": query, "fields": SEARCHED}}  # so that every server answers alike
     asked = query if isinstance(query, dict) else named if query else {"match_all": {}}
     order = [{"score": {"order": "desc", "missing": "_last"}}, {"dim": "asc"}]
+    with _in_one_line(client):
+        return _found(client, index, query=asked, size=size, sort=order)
+
+
+def _found(client, index, **asked):
+    """The documents that a search finds, what was sent just now among them."""
     with suppress(ApiError):  # a key that only reads waits for the next refresh
         client.indices.refresh(index=index)
-    with _in_one_line(client):
-        hits = client.search(index=index, query=asked, size=size, sort=order)["hits"]["hits"]
-    return [hit["_source"] for hit in hits]
+    return [hit["_source"] for hit in client.search(index=index, **asked)["hits"]["hits"]]
 
 
 class Writer(AbstractContextManager):

@@ -367,7 +367,7 @@ def index_of_the_version_before(client, index, *documents):
     meta = {"autoencoder_fingerprint": ORIGIN["autoencoder_fingerprint"]}
     client.indices.create(index=index, mappings={"dynamic": "strict", "properties": BEFORE, "_meta": meta})
     for one in documents:
-        client.index(index=index, id=str(one["dim"]), document=one, refresh=True)
+        client.index(index=index, id=str(one["dim"]), document=one)  # searches do not find it yet
 
 
 @pytest.mark.parametrize("holds", [0, 1])
