@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The full-size example: the MLP activations of CodeLlama-7b's layer 19, explained by CodeLlama-34b.
 # Needs the hub (a login for bigcode/the-stack-dedup), two GPUs for training and four for explaining, and an
-# ElasticSearch: see "ElasticSearch" in the README. Started again after any stop, it goes on there.
+# ElasticSearch: docs/elasticsearch.md. Started again after any stop, it goes on there.
 set -eu
 cd "$(dirname "$0")/.."
 out=${1:?folder to write to} server=${2:?ElasticSearch address} key=${3:?@FILE with its API key}
