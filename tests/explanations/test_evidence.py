@@ -74,7 +74,7 @@ def made(small_dataset, smollm2):
     acts[0, :, 10:14] = torch.tensor([4.0, 3.0, 2.0, 1.0])[:, None]
     acts[1, :, 10] = 1.0
     samples = Samples(
-        {"skip_positions": 3}, "", "", 1, torch.zeros(9), torch.tensor([4, 8]), torch.tensor([4.0, 1.0]),
+        {"skip_positions": 3}, "", "", 1, torch.arange(9.0), torch.tensor([4, 8]), torch.tensor([4.0, 1.0]),
         torch.tensor([[0, 2, 4, 6]] * 2), acts.half(), torch.full((2, 4), TOP, dtype=torch.int8),
         promoted=torch.tensor([[28, 198], [42, 5]]), suppressed=torch.tensor([[1, 2], [3, 4]]),
         hard_rows=torch.tensor([[8, -1], [-1, -1]]),
@@ -97,6 +97,7 @@ def test_contexts_of_a_feature_are_cut_to_what_is_asked_for(made):
     one = made(context_tokens=8).feature(1)
     assert {len(context.texts) for context in (*one.shown, *one.judging, *one.scored)} == {8}
     assert all(context.values_T.max() == 1.0 for context in one.shown)
+    assert (one.dim, one.log10_frequency, one.max_activation) == (8, 8.0, 1.0)
 
 
 def test_hard_contexts_are_silent_and_only_those_there_are(made):

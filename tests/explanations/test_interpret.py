@@ -15,10 +15,13 @@ from conftest import ROOT, assert_refused, run_script, write_dataset
 from servers import KEY, api_key, meeting_port
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from interpret_autoencoder_deepspeed import parse_args
+from sae import explanations
 from sae.artifacts import fingerprint
 from sae.autoencoder import Autoencoder, save_checkpoint
 from sae.explanations import prompts
 from sae.explanations.elastic import as_sent, connect
+from sae.processes import Processes
 from sae.samples import RANDOM, TOP, Samples, save_samples
 from sae.tokens import open_dataset
 
@@ -260,6 +263,18 @@ def test_what_was_made_with_other_settings_is_not_gone_on_with(
     journal.unlink()
     assert_refused(start_with(seed=3), "sae-alone", "seed=0", "seed=3", "--index names another")
     assert not journal.exists()
+
+
+def test_documents_say_where_they_come_from_and_what_read_them(inputs, model, monkeypatch):
+    for flags, words in (({}, ""), ({"simulation_model_name": model}, f" simulation_model={model}")):
+        monkeypatch.setattr(sys, "argv", ["", "host", "key", *options(inputs, inputs, model, **flags)])
+        work = explanations.prepare(Processes(1, 2, "cpu"), **vars(parse_args()[1]))
+        assert work.origin["settings"].endswith(f" seed=0 dtype=float32{words}")
+    said = [work.origin[name] for name in ("layer", "layer_type", "hookpoint", "interpretation_model")]
+    assert said == [3, "mlp_sublayer", "model.layers.3.mlp", model]
+    assert work.origin["dataset_fingerprint"] == open_dataset(inputs / "tokens")[1]["fingerprint"]
+    for what, path in (("autoencoder", "ae.pt"), ("samples", "samples.pt")):
+        assert work.origin[f"{what}_fingerprint"] == fingerprint(inputs / path)
 
 
 def test_one_line_for_all_processes(inputs, elasticsearch_url, model, tmp_path):

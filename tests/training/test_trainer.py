@@ -128,11 +128,13 @@ def test_geometric_median_ignores_a_huge_row():
     assert geometric_median(line).abs() < 1e-3
 
 
-def test_b_dec_starts_at_the_geometric_median():
-    trainer = new_trainer(rate=1e-9)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_b_dec_starts_at_the_geometric_median(normalize):
+    trainer = new_trainer(normalize, rate=1e-9)
     x_ND = rows(64)
     buffer = ShuffleBuffer(iter([x_ND]), 16, 4, 4, seed=0)
     next(train(trainer, buffer, 4, None, 0))
+    x_ND = x_ND * trainer.autoencoder.scale(x_ND) if normalize else x_ND
     assert torch.allclose(trainer.autoencoder.b_dec, geometric_median(x_ND), atol=1e-5)
 
 
