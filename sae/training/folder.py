@@ -81,9 +81,7 @@ class RunFolder:
         if self._handle.tell() < saved["metrics_bytes"]:
             raise InputError(f"--resume needs all of {self._metrics}, some of it is gone")
         before = saved["config"]
-        # The model may have moved since; runs of version 0.1 know its name alone.
-        free = "model_name" if "model_fingerprint" in before else "model_fingerprint"
-        given = {k: v for k, v in self.config.items() if k != free}
+        given = {k: v for k, v in self.config.items() if k != "model_name"}  # the model may have moved since
         differ = [f"{k} was {before.get(k)}, is {v}" for k, v in given.items() if before.get(k) != v]
         if differ:
             raise InputError(

@@ -112,16 +112,6 @@ def test_the_metrics_are_on_disk_before_the_state_that_counts_them(tmp_path, mon
     assert synced[0] == str(tmp_path / "metrics.jsonl") and "/.resume.pt." in synced[1]
 
 
-def test_a_run_that_knows_its_model_by_name_alone_goes_on(tmp_path):
-    """One of version 0.1."""
-    folder, _trainer = started(tmp_path)
-    folder._handle.close()
-    config = folder.config | {"model_fingerprint": "f"}
-    RunFolder(tmp_path, config, True)._handle.close()
-    with pytest.raises(InputError, match=r"model_name was tiny, is other$"):
-        RunFolder(tmp_path, config | {"model_name": "other"}, True)
-
-
 def test_tensorboard_gets_what_the_metrics_hold(tmp_path):
     """A run that goes on takes back what was written after its last save."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
