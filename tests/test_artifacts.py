@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import stat
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def test_nothing_under_the_final_name_before_the_end(tmp_path):
         handle.write(b"x")
         assert not (tmp_path / "sub" / "artifact").exists()
     assert (tmp_path / "sub" / "artifact").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def test_a_file_is_on_disk_before_it_has_its_name_and_its_name_is_then(tmp_path, monkeypatch):
+    path, synced = tmp_path / "artifact", []
+
+    def fsync(descriptor):
+        there = os.fstat(descriptor)
+        synced.append(("folder" if stat.S_ISDIR(there.st_mode) else there.st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_json(path, [1, 2])
+    assert synced == [(path.stat().st_size, False), ("folder", True)]
 
 
 def _umask():
@@ -113,8 +126,9 @@ def test_what_is_no_hub_name_and_not_there(name, missing, tmp_path, monkeypatch)
 
 def test_a_name_in_the_hubs_cache_may_begin_like_a_folder(tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
-    (tmp_path / "cache" / "models--org--kept").mkdir(parents=True)
+    for kept in ("models--org--kept", "datasets--org--texts"):
+        (tmp_path / "cache" / kept).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    assert artifacts.is_missing("org/other") and not artifacts.is_missing("org/kept")
-    assert not artifacts.is_missing("elsewhere/other")
+    names = ("org/other", "org/kept", "org/texts", "elsewhere/other")
+    assert [artifacts.is_missing(name) for name in names] == [True, False, False, False]

@@ -33,6 +33,7 @@ def test_number_refuses(text):
 def test_number():
     assert cli.number(above=0, below=1)("0.5") == 0.5
     assert cli.number(least=0)("0") == 0
+    assert cli.number(int, most=5)("5") == 5
     with pytest.raises(argparse.ArgumentTypeError, match="needs a finite number, at least 0, got 'inf'"):
         cli.number(least=0)("inf")
 
@@ -41,6 +42,16 @@ def test_number():
 def test_check_device_names_what_there_is(name):
     with pytest.raises(InputError, match=f"--device needs a device of this machine .*cpu.*{name}"):
         cli.check_device("--device", name)
+
+
+@pytest.mark.parametrize(
+    ("count", "pair"), [(0, ("cpu", "cpu")), (1, ("cuda:0",) * 2), (4, ("cuda:0", "cuda:1"))]
+)
+def test_devices_where_none_is_named(count, pair, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    assert tuple(map(str, cli.device_pair(None, None))) == pair
+    if count:
+        assert tuple(map(str, cli.device_pair("cpu", "cuda"))) == ("cpu", "cuda:0")
 
 
 def test_errors_are_one_line_and_bugs_keep_their_traceback():
@@ -68,7 +79,17 @@ def test_stop_requested_notes_the_first_signal_and_restores_the_handlers():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.05)
         assert stopping()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second one ends the process at once
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_item_that_comes_after_a_signal_is_not_begun():
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        for item in cli.until(lambda: len(seen) == 2, "abc"):
+            seen.append(item)
+    assert seen == ["a", "b"]
+    assert list(cli.until(lambda: False, "abc")) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
@@ -110,6 +131,7 @@ def parser_of(command):
 def test_help_keeps_the_lines_of_its_commands_and_has_no_fragments(command):
     parser = parser_of(command)
     assert parser.description in parser.format_help()
+    assert "(default: None)" not in parser.format_help()
     assert not [a.dest for a in parser._actions if (a.help or "").startswith(("of ", "than "))]
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -47,7 +48,13 @@ def test_skeleton_has_the_sizes_but_no_weights(tiny_llama):
 def test_pick_dtype():
     assert pick_dtype("float16", "cpu") == torch.float16
     assert pick_dtype(torch.float32, "cpu") == torch.float32
-    assert pick_dtype("auto", "cpu") in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_bfloat16_is_for_hardware_that_multiplies_it(fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+    assert pick_dtype("auto", "cpu") == (torch.bfloat16 if fast else torch.float32)
 
 
 def test_check_vocabulary(tiny_llama):
@@ -56,6 +63,10 @@ def test_check_vocabulary(tiny_llama):
     check_vocabulary(config, info)
     with pytest.raises(InputError, match=r"49152.*other.*49152"):
         check_vocabulary(config, info | {"max_token_id": 49152})
+    del info["max_token_id"]  # as in a dataset that another program has made
+    check_vocabulary(config, info | {"vocab_size": 49152})
+    with pytest.raises(InputError, match=r"ids up to 49152"):
+        check_vocabulary(config, info | {"vocab_size": 49153})
 
 
 def test_a_gguf_file_opens_as_the_folder_made_of_it(smollm2):
@@ -90,15 +101,41 @@ def test_the_same_weights_are_the_same_model_wherever_they_lie(tmp_path):
     config.write_text(json.dumps(settings | {"rope_theta": 5.0}))
     others = [moved, llama(tmp_path / "b" / "tiny", seed=1), llama(tmp_path / "c", rms_norm_eps=0.1)]
     assert len({known, *map(model_fingerprint, others)}) == 4
+    both = shutil.copytree(here, tmp_path / "both")
+    Path(both, "pytorch_model.bin").write_bytes(b"transformers does not open it")
+    assert model_fingerprint(str(both)) == known
     with pytest.raises(InputError, match="weights needed"):
         Path(here, "model.safetensors").unlink()
         model_fingerprint(here)
 
 
+def test_weights_that_differ_far_from_the_beginning_are_another_model(tmp_path):
+    file = tmp_path / "tiny.gguf"
+    with open(file, "wb") as handle:
+        handle.truncate(64 << 20)  # more than is read
+    zeros = model_fingerprint(str(file))
+    with open(file, "r+b") as handle:
+        handle.seek(-(1 << 18), os.SEEK_END)
+        handle.write(b"x")
+    assert model_fingerprint(str(file)) != zeros
+    folder = llama(tmp_path / "shards")
+    model = load_model(folder, "cpu", "float32")
+    Path(folder, "model.safetensors").unlink()
+    known = set()
+    for last in (0.0, 1.0):
+        model.lm_head.weight[-1] = last
+        model.save_pretrained(folder, max_shard_size="5KB")
+        known.add(model_fingerprint(folder))
+    assert len(known) == 2 and not Path(folder, "model.safetensors").exists()
+
+
 def test_a_direction_like_an_unembedding_row_promotes_that_token(smollm2):
     model, tokens = load_model(smollm2, dtype="float32"), torch.tensor([1000, 30000])
     unembed_VD, projection = model.lm_head.weight, model.model.layers[3].mlp.down_proj.weight
-    for hookpoint in ("model.layers.3", "model.layers.3.mlp", "model.layers.3.self_attn"):
+    for hookpoint in (
+        "model.layers.3",
+        *(f"model.layers.3.{at}" for at in ("mlp", "mlp.down_proj", "self_attn")),
+    ):
         assert way_to_logits(model, hookpoint)(unembed_VD[tokens]).argmax(1).tolist() == tokens.tolist()
     planted_ND = unembed_VD[tokens] @ torch.linalg.pinv(projection).T
     logits_NV = way_to_logits(model, "model.layers.3.mlp.act_fn")(planted_ND)
@@ -131,6 +168,15 @@ def test_norms_that_centre_or_add_one_and_turned_projections():
     centred_ND = (added_ND - added_ND.mean(1, keepdim=True)) * gpt2.transformer.ln_f.weight
     torch.testing.assert_close(
         way(torch.cat([x_ND] * 4, 1)), centred_ND @ gpt2.lm_head.weight.T, rtol=1e-4, atol=1e-3
+    )
+    sizes = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_hidden_layers": 1}
+    opt = tiny_of("opt", **sizes, num_attention_heads=2, max_position_embeddings=32)  # layers in a decoder
+    centred_ND = (x_ND - x_ND.mean(1, keepdim=True)) * opt.model.decoder.final_layer_norm.weight
+    torch.testing.assert_close(
+        way_to_logits(opt, "model.decoder.layers.0")(x_ND),
+        centred_ND @ opt.lm_head.weight.T,
+        rtol=1e-4,
+        atol=1e-3,
     )
     gemma = tiny_of("gemma", **LLAMA_SIZES)
     wanted_NV = (x_ND * (1 + gemma.model.norm.weight)) @ gemma.lm_head.weight.T
@@ -290,6 +336,28 @@ def test_a_mixture_of_experts_has_a_width_before_it_has_weights(tmp_path, kind, 
     model = load_model(str(tmp_path), "cpu", "float32")
     acts_BTD = activations_at(model, model.model.layers[1].mlp, torch.arange(6).view(2, 3))
     assert acts_BTD.shape == (2, 3, 16)
+
+
+def bones(kind, **sizes):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=50, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("opt", {"hidden_size": 16, "ffn_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "max_position_embeddings": 32, "word_embed_proj_dim": 16}),
+        ("gptj", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "rotary_dim": 4}),
+        ("mpt", {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 32}),
+    ],
+)  # fmt: skip
+def test_tables_of_positions_have_many_names(kind, sizes):
+    check_positions(bones(kind, **sizes), 32)
+    with pytest.raises(InputError, match=f"at most 32 tokens needed by a {kind}, got 33"):
+        check_positions(bones(kind, **sizes), 33)
 
 
 def gpt2(positions):

@@ -250,7 +250,7 @@ def _hub_files(name, data_dir, dataset_config, split):
         raise InputError(f"a dataset that opens needed, got {name!r}: {err}{login}") from err
     splits = builder.config.data_files or {}
     if split not in splits:
-        there = ", ".join(splits) or "no files"
+        there = ", ".join(map(str, splits)) or "no files"
         raise InputError(f"--split needs one of {name}, which has {there}, got {split!r}")
     return [str(file) for file in splits[split]]
 

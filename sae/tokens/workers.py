@@ -304,9 +304,12 @@ def write_dataset(save_path, flags, tokenizer_folder, stopping, bos_token_id=Non
         counts = count([State(*state) for state in progress["states"]])
         whole = folder / "dataset"
         dataset.write_info(whole, plan, progress["files"], counts)
+        for path in (whole, *whole.rglob("*")):  # of the tokenizer's copy, too
+            artifacts.sync(path)
         if place.exists():  # a folder, into which the info comes last
             for path in sorted(whole.iterdir(), key=lambda path: path.name == dataset.INFO_FILE):
                 os.replace(path, place / path.name)
+            artifacts.sync(place)
         else:
             os.replace(whole, place)
         artifacts.sync(place.parent)

@@ -60,8 +60,9 @@ def test_packed_files(ending, tmp_path):
 def test_xz_files(tmp_path):
     import lzma
 
-    (tmp_path / "a.csv.xz").write_bytes(lzma.compress(b"text,n\na b,1\n"))
-    assert rows(tmp_path / "a.csv.xz") == [{"text": "a b", "n": "1"}]
+    text = "a b" * 50_000  # which is more than Python's csv takes unasked
+    (tmp_path / "a.csv.xz").write_bytes(lzma.compress(f"\ufefftext,n\n{text},1\n".encode()))
+    assert rows(tmp_path / "a.csv.xz") == [{"text": text, "n": "1"}]
 
 
 def test_a_bad_line_costs_that_line_alone(tmp_path):
@@ -89,6 +90,9 @@ def test_a_bad_line_costs_that_line_alone(tmp_path):
     assert list(source.read(str(tmp_path / "a.csv"))) == [
         "a b", Skipped("not Unicode"), no_text, "c", "f\r\ng",
     ]  # fmt: skip
+    (tmp_path / "a.txt").write_bytes(b"a b\ncaf\xe9\n\nc")
+    assert list(source.read(str(tmp_path / "a.txt"))) == ["a b\n", Skipped("not Unicode"), "\n", "c"]
+    assert list(sources.Source([]).read("gone.py")) == [Skipped("cannot be read")]
 
 
 @pytest.mark.parametrize(
@@ -294,10 +298,10 @@ def test_addresses_that_lead_to_nothing_are_refused(serve, shards):
 
 
 def test_a_busy_server_is_no_address_that_leads_to_nothing(serve, shards, pauses):
-    server = serve(shards, [503])
-    server.heads = [503, 429]  # fsspec asks with HEAD and then GET, and finds no file; so it is asked again
+    server = serve(shards, [503, 429, 500])
+    server.heads = [503, 429, 500]  # fsspec asks with HEAD and then GET, and finds no file; it is asked again
     assert len(_documents(f"{server.address}/0.jsonl.gz")) == 50
-    assert pauses == [1] and not server.heads
+    assert pauses == [1, 2, 4] and not server.heads
     server.faults, server.heads = [503] * 20, [503] * 20
     with pytest.raises(ConnectionError, match="failed 4 times in a row"):  # at the start; later 9 times
         _documents(f"{server.address}/0.jsonl.gz")

@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from conftest import run_script, write_dataset
-from tokenising import write
+from tokenising import FLAGS, write
 from tokenizers import Tokenizer
 
 from sae import InputError
@@ -69,6 +69,17 @@ def test_a_file_of_contexts_and_its_fingerprint(tmp_path):
     assert tokens.write_arrow(tmp_path / "other.arrow", [(ids_NT, documents_N + 1)], 3)[1] != whole[1]
 
 
+def test_the_fingerprint_of_a_dataset_is_of_all_its_files(tmp_path):
+    plan = FLAGS | {"tokenizer_fingerprint": "", "vocab_size": 9, "suite_version": ""}
+    made = set()
+    for files in ([("a", 1), ("b", 8)], [("a", 1), ("c", 8)], [("d", 8), ("b", 1)]):
+        tokens.write_info(tmp_path, plan, files, {})
+        info = json.loads((tmp_path / tokens.INFO_FILE).read_text())
+        made.add(info["fingerprint"])
+        assert (info["max_token_id"], info["rows"]) == (8, 60)
+    assert len(made) == 3
+
+
 def test_the_fingerprint_of_a_tokenizer_is_that_of_its_vocabulary(tokenizer_copy):
     text = (Path(tokenizer_copy) / "tokenizer.json").read_text()
     spec = json.loads(text)
@@ -91,6 +102,8 @@ def test_the_fingerprint_of_a_tokenizer_is_that_of_its_vocabulary(tokenizer_copy
         {"vocab": vocab | {"new token": len(vocab)}},
     ):
         assert tokens.tokenizer_fingerprint(json.dumps(other | {"model": model | change})) != fingerprint
+    added.append({"id": 60_000, "content": "<new>"})
+    assert tokens.tokenizer_fingerprint(json.dumps(other | {"added_tokens": added})) != fingerprint
     unigram = {"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]]}
     swapped = unigram | {"vocab": unigram["vocab"][::-1]}
     both = [

@@ -210,7 +210,18 @@ def test_a_prefix_is_not_believed_that_a_longer_one_contradicts():
     for chars in (60, 120, 1000):
         ids, known = next(tokenizer._prefixes(text, chars))
         assert known == 0 or ids[:2] == [0, 1]
-    assert next(tokenizer.windows(text, 5, every=False)) == [0, 1, 1, 1, 1]
+    for tokenizer._chars_per_token in (4.0, 0.5):
+        assert next(tokenizer.windows(text, 5, every=False)) == [0, 1, 1, 1, 1]
+
+
+def test_what_a_tokenizer_cuts_and_fills_up_is_neither_here(tokenizers):
+    """The tokenizer.json of many a model holds the settings of its training."""
+    backend = Tokenizer.from_str(tokenizers["wordpiece"].to_str())
+    ids = _whole(backend, "import os " * 9)
+    backend.enable_truncation(10)
+    backend.enable_padding(length=100)
+    assert list(exact.ExactTokenizer(backend.to_str()).windows("import os " * 9, len(ids))) == [ids]
+    assert not list(exact.ExactTokenizer(backend.to_str()).windows("import os " * 9, len(ids) + 1))
 
 
 def test_little_of_a_long_document_is_read(tokenizers, monkeypatch):

@@ -12,7 +12,7 @@ from conftest import assert_refused, run_script
 from tokenising import content, write
 from tokenizers import Tokenizer, processors
 
-from sae import InputError
+from sae import InputError, artifacts
 from sae.tokens import dataset as tokens
 from sae.tokens import workers
 
@@ -179,25 +179,29 @@ def test_places_for_the_dataset(place, tmp_path, tokenizer_copy, parquet, monkey
 def test_a_move_into_a_folder_that_was_interrupted_is_finished(
     tmp_path, tokenizer_copy, parquet, monkeypatch
 ):
-    (tmp_path / "out").mkdir()
-    moves, replace = [], os.replace
+    out, moves, synced, replace, sync = tmp_path / "out", [], [], os.replace, artifacts.sync
+    out.mkdir()
 
     def killed(source, target):
-        if Path(source).parent.name == "dataset":
-            moves.append(source)
-            if len(moves) == 3:
+        if Path(target).parent == out:
+            assert moves or set((out / ".partial" / "dataset").rglob("*")) <= set(synced)
+            moves.append(Path(source).name)
+            synced.clear()
+            if len(moves) in (3, 7):  # of six; and then the last of the rest
                 raise KeyboardInterrupt
         replace(source, target)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(workers.os, "replace", killed)
-        write(tmp_path / "out", tokenizer_copy, dataset_name=parquet)
-    assert not (tmp_path / "out" / tokens.INFO_FILE).exists()
-    with pytest.raises(InputError, match="a tokenised dataset needed"):
-        tokens.open_dataset(tmp_path / "out")
-    write(tmp_path / "out", tokenizer_copy, dataset_name=parquet)
+    monkeypatch.setattr(artifacts, "sync", lambda path: synced.append(path) or sync(path))
+    monkeypatch.setattr(workers.os, "replace", killed)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            write(out, tokenizer_copy, dataset_name=parquet)
+        with pytest.raises(InputError, match="a tokenised dataset needed"):
+            tokens.open_dataset(out)
+    assert "(0 tokens/s)" in write(out, tokenizer_copy, dataset_name=parquet)
+    assert moves[6] == moves[-1] == tokens.INFO_FILE and out in synced
     write(tmp_path / "other", tokenizer_copy, dataset_name=parquet)
-    assert content(tmp_path / "out") == content(tmp_path / "other")
+    assert content(out) == content(tmp_path / "other")
 
 
 @pytest.mark.parametrize("place", ["file", "full", "link", "file/below"])
@@ -212,6 +216,19 @@ def test_places_where_something_is_are_refused_before_any_work(place, tmp_path):
     assert_refused(result, "--save_path", "takes no files" if "/" in place else "something else", place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "full", "link"]
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["a.py"]
+
+
+def test_a_run_that_stops_tells_the_shell(tmp_path, tokenizer_copy, monkeypatch):
+    import generate_tokenized_dataset as script
+    from sae import models
+
+    load, asked = models.load_tokenizer, []
+    monkeypatch.setattr(models, "load_tokenizer", lambda *words: asked.append(words) or load(*words))
+    monkeypatch.setattr("sae.tokens.write_dataset", lambda *_given: ("stopped", False))
+    flags = ["--tokenizer_name", tokenizer_copy, "--dataset_name", tmp_path, "--save_path", tmp_path / "out"]
+    monkeypatch.setattr("sys.argv", [SCRIPT, "2", "5", "--trust_remote_code", *map(str, flags)])
+    assert script.main() == 130
+    assert asked == [(tokenizer_copy, True)]
 
 
 # what is refused

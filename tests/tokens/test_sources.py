@@ -44,8 +44,9 @@ def tree(tmp_path):
     """Twelve source files, among them one not UTF-8, one with NUL, one empty; a hidden one besides."""
     folder = tmp_path / "tree"
     (folder / "sub").mkdir(parents=True)
-    (folder / ".git").mkdir()
-    (folder / ".git" / "config").write_text("hidden")
+    for unread in (".git", "__pycache__"):
+        (folder / unread).mkdir()
+        (folder / unread / "config").write_text("hidden")
     for n in range(9):
         (folder / "sub" / f"{n}.py").write_bytes(f"file {n}\r\n".encode())
     (folder / "latin.py").write_bytes(b"caf\xe9")
@@ -163,10 +164,13 @@ def test_columns_asked_for_are_checked_and_joined(shards, tmp_path):
         {"prefix": "a\n", "middle": "b", "suffix": None},
         {"prefix": None, "middle": None},
         {"prefix": "x"},
+        {"prefix": "x", "middle": 3},
+        {"prefix": ""},
     ]
     path = write_lines(tmp_path / "a.jsonl", *rows)
-    assert read(path, text_field=["prefix", "middle", "suffix"]) == ["a\nb", Skipped("no text"), "x"]
-    assert read(path, text_field=["middle", "prefix"]) == ["ba\n", Skipped("no text"), "x"]
+    no_text = Skipped("no text")
+    assert read(path, text_field=["prefix", "middle", "suffix"]) == ["a\nb", no_text, "x", no_text, ""]
+    assert read(path, text_field=["middle", "prefix"]) == ["ba\n", no_text, "x", no_text, ""]
 
 
 def test_only_the_column_of_the_text_is_read(tmp_path):
@@ -206,10 +210,12 @@ def test_messages_go_through_the_chat_template(tmp_path, tokenizer_copy):
         expected[1] + "2 b",
     ]
     shared = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "x = 1"}]}
-    lines = write_lines(tmp_path / "a.jsonl", shared, {"conversations": [1, 2]}, {"conversations": "plain"})
+    spoken = [{"from": "system", "value": "be brief"}, {"from": "human", "value": "who?"}]
+    others = ({"conversations": each} for each in (spoken, [1, 2], "plain"))
+    lines = write_lines(tmp_path / "a.jsonl", shared, *others)
     refused = Skipped("refused by the chat template")
     assert read(lines, text_field=["conversations"], tokenizer=tokenizer_copy) == [
-        expected[0],
+        *expected,
         refused,
         "plain",
     ]
@@ -237,7 +243,9 @@ def test_caches_beside_a_saved_dataset_are_not_read(tmp_path):
 
 def test_only_files_of_the_split_are_read(shards, tmp_path):
     folder = shards / "parquet"
-    (folder / "0.parquet").rename(folder / "test-0.parquet")
+    (folder / "Train").mkdir()
+    (folder / "0.parquet").rename(folder / "Train" / "TEST-0.parquet")  # the last word says it
+    (folder / "3.parquet").rename(folder / "contest.parquet")
     assert len(read(folder)) == 30  # files that name no split are for training
     (folder / "1.parquet").rename(folder / "train-1.parquet")
     (folder / "dev").mkdir()
@@ -373,6 +381,9 @@ def test_sources_that_cannot_be_used_are_refused(shards, tmp_path):
         open_source(shards, data_dir="nowhere")
     with pytest.raises(InputError, match="--dataset_config is for hub datasets"):
         open_source(shards / "csv", dataset_config="en")
+    for flag in ("data_dir", "dataset_config"):
+        with pytest.raises(InputError, match="are not for addresses"):
+            open_source("http://host/a.jsonl", **{flag: "en"})
     with pytest.raises(InputError, match="parquet, arrow"):
         open_source("http://host/a.zip")
 
@@ -381,3 +392,13 @@ def test_addresses_are_spread():
     spread = sources._addresses
     assert spread("http://h/a-{08..10}.parquet") == [f"http://h/a-{n}.parquet" for n in ("08", "09", "10")]
     assert spread("http://h/a.jsonl.zst?download=true") == ["http://h/a.jsonl.zst?download=true"]
+
+
+def test_the_files_of_a_hub_dataset_are_those_of_its_split_in_the_folder(tmp_path):
+    """The hub's library reads a folder as it does what the hub lists."""
+    for name in ("en/train.jsonl", "en/test.jsonl", "de/test.jsonl"):
+        write_lines(tmp_path / name, {"text": name})
+    found = sources._hub_files(str(tmp_path), "en", None, "test")
+    assert found == [str(tmp_path / "en" / "test.jsonl")]
+    with pytest.raises(InputError, match=r"--split needs one of .*, which has train, test, got 'dev'"):
+        sources._hub_files(str(tmp_path), "en", None, "dev")

@@ -97,6 +97,9 @@ def test_chunked_documents_keep_every_full_window(tmp_path, tokenizer_copy, parq
         with_bos += [(number, [7, *ids[i : i + 15]]) for i in range(0, len(ids) - 14, 15)]
     rows = lambda path: [(r["document"], r["input_ids"]) for r in tokens.open_dataset(path)[0]]  # noqa: E731
     assert rows(tmp_path / "out") == expected[:2200]
+    info = tokens.open_dataset(tmp_path / "out")[1]  # the last document counts, though it may go on
+    assert info["documents"] == expected[2199][0] + 1
+    assert info["documents_long_enough"] == len({number for number, _ids in expected[:2200]})
     write(tmp_path / "bos", tokenizer_copy, bos_token_id=7, add_bos=True, **flags)
     assert rows(tmp_path / "bos") == with_bos[:2200]
 
@@ -109,10 +112,12 @@ def test_several_data_dirs_alternate(tmp_path, tokenizer_copy, tokenizer):
     flags = {"data_dir": ["b", "a"], "num_processes": 2, "num_samples_per_file": 9, "seed": 3}
     write(tmp_path / "out", tokenizer_copy, dataset_name=tmp_path / "tree", **flags)
     dataset, _info = tokens.open_dataset(tmp_path / "out")
+    order = random.Random(3).sample(sorted(map(str, range(20))), 20)
     for worker in range(2):
         rows = [row for row in dataset if row["document"] % 2 == worker]
         assert [row["document"] for row in rows] == list(range(worker, 2 * len(rows), 2))
-        assert [tokenizer.decode(row["input_ids"])[0] for row in rows] == list("babababab" + "a")[: len(rows)]
+        lines = [tokenizer.decode(row["input_ids"]).split("\n")[0] for row in rows]
+        assert lines == [f"{'ba'[n % 2]} = {order[worker::2][n // 2]}" for n in range(len(rows))]
 
 
 def test_documents_without_text_are_counted_skipped_and_said(tmp_path, tokenizer_copy):
@@ -341,16 +346,22 @@ def test_a_worker_that_dies_ends_the_run(start, tmp_path):
     assert run.returncode == 2 and "--seed was 0, 1 came" in errors
 
 
-def test_what_another_version_has_begun_is_refused(tmp_path, tokenizer_copy, parquet):
-    flags = FLAGS | {"dataset_name": str(parquet)}
+def test_what_another_version_or_other_documents_have_begun_is_refused(tmp_path, tokenizer_copy):
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree" / "a.py").write_text("value = 1\n" * 10)
+    flags = FLAGS | {"dataset_name": str(tmp_path / "tree")}
     said, done = workers.write_dataset(tmp_path / "out", flags, tokenizer_copy, lambda: True)
     assert not done and "0 of 2 files" in said
+    shutil.copy(tmp_path / "tree" / "a.py", tmp_path / "tree" / "b.py")
+    with pytest.raises(InputError, match=r"--shards was \[1\], \[2\] came"):
+        write(tmp_path / "out", tokenizer_copy, dataset_name=tmp_path / "tree")
+    (tmp_path / "tree" / "b.py").unlink()
     path = tmp_path / ".out.partial" / "progress.json"
     progress = json.loads(path.read_text())
     progress["plan"]["suite_version"] = "0.1.0"
     path.write_text(json.dumps(progress))
     with pytest.raises(InputError, match=r"--suite_version was '0\.1\.0', '.*' came"):
-        write(tmp_path / "out", tokenizer_copy, dataset_name=parquet)
+        write(tmp_path / "out", tokenizer_copy, dataset_name=tmp_path / "tree")
 
 
 def test_two_runs_do_not_write_to_one_place(start, tmp_path):
