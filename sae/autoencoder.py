@@ -92,7 +92,7 @@ def _directions(features, width, rng, own):
 
     torch draws 16 numbers at a time: blocks of a multiple of it are what all at once would be.
     """
-    rows, starts = [], range(0, max(1, features - 16), 4096)
+    rows, starts = [], range(0, features, 4096)
     for start, end in zip(starts, (*starts[1:], features), strict=True):
         block_FD = torch.randn(end - start, width, generator=rng)
         block_FD = block_FD[max(own.start - start, 0) : max(own.stop - start, 0)]

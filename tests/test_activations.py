@@ -58,12 +58,17 @@ def test_the_pass_stops_at_the_hookpoint(tiny_llama):
     activations_at(model, module, torch.zeros(1, 4, dtype=torch.long))
     assert ran == [0, 1]
     assert not module._forward_hooks  # hooks always leave
+    with pytest.raises(InputError, match="the model never runs this module"):
+        activations_at(model, torch.nn.Identity(), torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_width_is_read_off_a_model_without_weights(tiny_llama):
     bones = skeleton(tiny_llama)
     widths = [activation_width(bones, find_hookpoint(bones, name, 2)[0]) for name in TEMPLATES.values()]
     assert widths == [48, 32, 32]
+    bones.model.layers[0].register_forward_pre_hook(lambda _mod, given: given[0].sum().item())
+    with pytest.raises(InputError, match="runs without weights needed, to know the width"):
+        activation_width(bones, find_hookpoint(bones, TEMPLATES["mlp_sublayer"], 2)[0])
 
 
 @pytest.mark.parametrize(

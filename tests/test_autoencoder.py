@@ -78,6 +78,7 @@ def test_normalize_scales_in_and_back_out():
     assert torch.allclose(
         autoencoder(x_ND[:1]), autoencoder.decode(autoencoder.encode(scaled_ND)) * 50 / 2**0.5
     )
+    torch.testing.assert_close(autoencoder.features(x_ND[:1] / 1e6), autoencoder.features(x_ND[:1]))
     assert torch.isfinite(autoencoder(x_ND)).all()
     assert autoencoder.features(x_ND.bfloat16()).dtype == torch.float32
 
@@ -111,6 +112,9 @@ def test_a_checkpoint_of_version_0_1_opens(tmp_path):
     assert "architecture" not in CONFIG
     x_ND = torch.randn(3, 4)
     loaded = load_checkpoint(tmp_path / "7.pt").autoencoder
+    plain = {name: value for name, value in CONFIG.items() if name != "normalize_dataset"}
+    save_checkpoint(tmp_path / "8.pt", plain, autoencoder, torch.zeros(6))
+    assert not load_checkpoint(tmp_path / "8.pt").autoencoder.normalize
     torch.testing.assert_close(loaded.features(x_ND), torch.relu(_scaled(x_ND) @ autoencoder.W_enc.detach()))
 
 

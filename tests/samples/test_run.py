@@ -1,6 +1,7 @@
 """The script, on the real SmolLM2 against a brute force of plain hooks, and on a tiny Llama for the rest."""
 
 import contextlib
+import json
 import os
 import pickle
 import shutil
@@ -79,7 +80,7 @@ def trained(tmp_path_factory, smollm2, small_dataset, stdlib_contexts):
 def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_contexts):
     (path, acts_NTD), documents_N = trained, torch.tensor(stdlib_contexts[1])
     result = run_script(
-        "generate_interpretation_samples.py", 240, "--dataset_path", small_dataset,
+        "generate_interpretation_samples.py", 200, "--dataset_path", small_dataset,
         "--autoencoder_path", path, "--save_path", tmp_path / "s.pt", "--dtype_llm", "float32",
         "--log_freq_lower", -2.5, "--log_freq_upper", -0.05, "--num_top", 10, "--num_spread", 8,
         "--num_random", 6,
@@ -88,10 +89,11 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
     assert sorted(os.listdir(tmp_path)) == ["s.png", "s.pt"]
     samples, autoencoder = load_samples(tmp_path / "s.pt"), load_checkpoint(path).autoencoder
     f_NTF = autoencoder.features(acts_NTD[:, SKIP:].flatten(0, 1)).unflatten(0, (240, LENGTH - SKIP))
+    f_NTF[torch.randperm(240, generator=torch.Generator().manual_seed(0))[200:]] = 0  # not looked at
 
-    share_F = (f_NTF > 0).double().mean((0, 1))
+    share_F = (f_NTF > 0).double().sum((0, 1)) / (200 * (LENGTH - SKIP))
     torch.testing.assert_close(samples.log10_frequency, share_F.log10().float(), rtol=0, atol=1e-6)
-    assert samples.num_tokens_seen == 240 * (LENGTH - SKIP)
+    assert samples.num_tokens_seen == 200 * (LENGTH - SKIP)
     inside = (share_F.log10() > -2.5) & (share_F.log10() < -0.05)
     assert samples.features.tolist() == inside.nonzero()[:, 0].tolist()
     assert 10 < len(samples.features) <= FEATURES
@@ -141,7 +143,11 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
     )
 
     assert samples.config["seed"] == 11 and samples.config["samples_seed"] == 0
-    assert samples.config["num_samples"] == 240 and samples.config["num_top"] == 10
+    own = {
+        "num_samples": 200, "log_freq_lower": -2.5, "log_freq_upper": -0.05, "num_top": 10, "num_spread": 8,
+        "num_random": 6, "batch_size": 16, "autoencoder_path": path, "samples_dtype_llm": "float32",
+    }  # fmt: skip
+    assert own.items() <= samples.config.items()
     line = result.stdout.splitlines()[-1]
     dead, rare = int((share_F == 0).sum()), int(((share_F > 0) & (share_F.log10() <= -2.5)).sum())
     assert line.startswith(
@@ -203,6 +209,21 @@ def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, 
     assert not torch.equal(first.rows, samples("d.pt", seed=1).rows)
 
 
+def prepare_tiny(tiny, tmp_path, here=ALONE, **flags):
+    flags = {"target_model_device": None, "autoencoder_device": None} | flags
+    return prepare(
+        here, 60, **tiny, save_path=tmp_path / "s.pt", target_model_name=None, log_freq_upper=-0.1,
+        log_freq_lower=-2.0, batch_size=16, dtype_llm="auto", **flags,
+    )  # fmt: skip
+
+
+def test_promoted_tokens_are_of_the_vocabulary_for_any_number_of_features(tmp_path, tiny):
+    run = prepare_tiny(tiny, tmp_path)
+    run = run._replace(info=run.info | {"vocab_size": 40})  # and the model has embeddings for more
+    for values in run._promoted(torch.arange(64).repeat(5)).values():
+        assert len(values) == 320 and torch.equal(values[:64], values[-64:]) and values.max() < 40
+
+
 def test_no_plot_when_not_wanted(tmp_path, tiny):
     flags = [word for name, value in tiny.items() for word in (f"--{name}", value)]
     result = run_script(
@@ -257,6 +278,10 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
     (tmp_path / "short.pt").write_bytes(checkpoint.read_bytes()[:3000])
     (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"config": {}}))
     fingerprint = load_checkpoint(checkpoint).config["dataset_fingerprint"]
+    other_words = shutil.copytree(tiny["dataset_path"], tmp_path / "other words")
+    info = json.loads((other_words / "tokenized_dataset.json").read_text())
+    info["tokenizer_fingerprint"] = "vocabulary-of-others"
+    (other_words / "tokenized_dataset.json").write_text(json.dumps(info))
     cases = [
         ({"log_freq_upper": -2, "log_freq_lower": -1}, "--log_freq_upper above .* got -2 and -1"),
         ({"log_freq_upper": -1, "log_freq_lower": -1}, "--log_freq_upper above .* got -1 and -1"),
@@ -277,6 +302,8 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
         ({"target_model_device": "cuda:77"}, "--target_model_device .*cuda:77"),
         ({"autoencoder_device": "abacus"}, "--autoencoder_device .*abacus"),
         ({"save_path": tmp_path}, "--save_path"),
+        ({"save_path": tmp_path / "s.png"}, "--save_path needs the name of a file .*s.png"),
+        ({"dataset_path": other_words}, "tokenizer of .* needed, .*vocabulary-of-others"),
         ({"save_path": checkpoint}, "--save_path needs a new file or an interpretation samples file"),
     ]
     for flags, message in cases:
@@ -284,16 +311,23 @@ def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch, tiny, tiny_llama,
             run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"} | flags)
     with pytest.raises(InputError, match=r"at most 90 .*tokens\) needed, got 91"):
         run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"}, num_samples=91)
+    for device in ("target_model_device", "autoencoder_device"):
+        with pytest.raises(InputError, match="one process needed to choose devices, got 2"):
+            prepare_tiny(tiny, tmp_path, Processes(0, 2, "cpu"), **{device: "cpu"})
     assert not (tmp_path / "s.pt").exists()
 
 
-def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama, small_dataset):
+def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama, small_dataset, capsys):
     info = open_dataset(small_dataset)[1]
     moved = str(shutil.copytree(tiny_llama, tmp_path / "0e3a5b"))
     config = {"model_name": tiny_llama, "layer_id": 1, "act_vec_size": 48}
     config["hookpoint"] = "model.layers.1.mlp.act_fn"
     known = config | {"model_fingerprint": model_fingerprint(tiny_llama)}
     check_target(known, moved, info)
+    check_target(known | {"num_tokens": 5000}, moved, info)
+    assert "contexts of at most 4096 tokens" in capsys.readouterr().err
+    with pytest.raises(InputError, match="token ids below 49152 needed"):
+        check_target(known, moved, info | {"vocab_size": 49153})
     with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {moved}"):
         check_target(config, moved, info)  # of version 0.1: the last part of the name decides
     with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {tiny_llama}"):

@@ -182,16 +182,17 @@ def test_memory_does_not_grow_with_contexts():
 
 
 def test_hard_contexts_are_strong_at_near_features_and_silent_here():
-    # Features 0 and 1 have almost the same decoder row; a document is two contexts.
-    rows_FD = torch.nn.functional.normalize(torch.tensor([[1, 0, 0], [1, 0.1, 0], [0, 1, 0], [0, 0, 1.0]]))
+    # Features 1 and 2 have almost the same decoder row; a document is two contexts.
+    rows_FD = torch.nn.functional.normalize(torch.tensor([[0, 0, 1], [1, 0, 0], [1, 0.1, 0], [0, 1, 0.0]]))
     f_NTF = torch.zeros(40, 3, 4)
-    f_NTF[[0, 2, 4, 6, 8, 30, 14], 1, 0] = torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 0.001])
-    f_NTF[[0, 10, 12, 14, 5], 2, 1] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])
-    f_NTF[[20, 22], 2, 2] = torch.tensor([5.0, 4.0])
+    f_NTF[[0, 2, 4, 6, 8, 30, 14], 1, 1] = torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 0.001])
+    f_NTF[[0, 10, 12, 14, 5], 2, 2] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])
+    f_NTF[[20, 22], 2, 3] = torch.tensor([5.0, 4.0])
     survey = survey_of(f_NTF, torch.arange(40) // 2, (6, 1, 0))
-    choice = choice_of(survey, [0, 1, 2], rows_FD)
+    choice = choice_of(survey, [1, 2, 3], rows_FD)
     assert [n for n in choice.near_FM[0].tolist() if n >= 0] == [0, 20, 10, 22, 12, 14, 5]
-    peak_FM = f_NTF.amax(1).T[:3].gather(1, choice.near_FM.clamp(min=0))
+    assert [n for n in choice.near_FM[2].tolist() if n >= 0] == [0, 0, 10, 2, 12, 4, 14, 6, 5, 8, 30]
+    peak_FM = f_NTF.amax(1).T[1:].gather(1, choice.near_FM.clamp(min=0)).where(choice.near_FM >= 0, 0)
     # Not 0 and 14, on which it fires, nor 5, beside one of its own.
     assert survey.hard(choice, peak_FM, 5)[0].tolist() == [20, 10, 22, 12, -1]
 
@@ -234,7 +235,7 @@ def test_the_band_excludes_its_edges():
 def test_a_band_with_few_features_says_which_would_hold_more():
     frequency = torch.cat([torch.full((50,), -3.5), torch.full((40,), -2.5), torch.tensor([-1.0, -math.inf])])
     hint = "of 91 features that fire --log_freq_lower -3 would hold 41, -4 would hold 91"
-    assert wider_band(frequency, -2.0, -0.1) == hint
+    assert wider_band(frequency, -2.0, -0.1) == wider_band(frequency, -2.2, -0.1) == hint
     assert wider_band(frequency, -3.0, -0.1) == ""  # 41 of 91 are enough
     tenth = torch.tensor([-1.0] + [-2.5] * 9)
     assert wider_band(tenth, -2.0, -0.1) == "" != wider_band(tenth[[0, *range(1, 10), 9]], -2.0, -0.1)

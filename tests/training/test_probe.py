@@ -12,7 +12,7 @@ from sae.training.evaluation import Judge
 from sae.training.probe import CLASSES, probe_f1, token_classes
 
 SOURCE = """import os  # é, a comment
-class Name(dict):
+\fclass Name(dict):
     def method(self):
         return "a ü string" + 3.5 if self else None
 """

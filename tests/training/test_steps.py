@@ -61,7 +61,7 @@ def by_autograd(ae, x_ND, dead_K=()):
         f_NF = pre_NF.relu() * (pre_NF >= least)
     else:
         variance = (x_ND - ae.b_dec).square().mean().detach()
-        f_NF, open_NF = Jump.apply(pre_NF, ae.threshold, steps.BANDWIDTH * variance.sqrt())
+        f_NF, open_NF = Jump.apply(pre_NF, ae.threshold, 0.1 * variance.sqrt())
         excess = open_NF.sum(1).mean() / TARGET - 1
         penalty = WEIGHT * variance * x_ND.shape[1] * excess.square()
     error_ND = f_NF @ ae.W_dec + ae.b_dec - x_ND
@@ -69,7 +69,7 @@ def by_autograd(ae, x_ND, dead_K=()):
         pre_NK = pre_NF[:, dead_K]
         kept_NK = pre_NK >= pre_NK.sort(dim=1, descending=True).values[:, min(len(dead_K), 3) - 1, None]
         rest_ND = -error_ND.detach() - (pre_NK.relu() * kept_NK) @ ae.W_dec[dead_K]
-        penalty = penalty + steps.AUX * rest_ND.square().sum(1).mean()
+        penalty = penalty + rest_ND.square().sum(1).mean() / 32
     return error_ND.square().sum(1).mean(), penalty, f_NF
 
 
@@ -121,4 +121,15 @@ def test_the_first_threshold_for_any_target(target_l0, fired):
         copies = steps.copies(ae, torch.float32)
         pre_NF = steps.encode(ae, copies, x_ND).pre_NF
         threshold = steps.first_threshold(ae, copies, x_ND, target_l0)
+        ae.b_enc.sub_(200)  # and now none
+        assert steps.first_threshold(ae, copies, x_ND, target_l0) == 0
     assert (pre_NF >= threshold).sum() == fired
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk"])
+def test_no_feature_is_negative_where_fewer_than_k_are_above_0(architecture):
+    ae, x_ND = an_autoencoder(architecture), rows(16)
+    ae.k = 20
+    with torch.no_grad():
+        f_NF = steps.encode(ae, steps.copies(ae, torch.float32), x_ND).features()
+    torch.testing.assert_close(f_NF, ((x_ND - ae.b_dec) @ ae.W_enc + ae.b_enc).relu())
