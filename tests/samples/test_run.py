@@ -196,7 +196,7 @@ def run_main(monkeypatch, flags, num_samples=60, stopping=lambda: False):
     return script.main(script.parse_args()[1], stopping)
 
 
-def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, tiny):
+def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, tiny, capsys):
     def samples(name, **flags):
         run_main(monkeypatch, tiny | {"save_path": tmp_path / name} | flags)
         return load_samples(tmp_path / name)
@@ -206,7 +206,10 @@ def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, 
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
     for field in ("rows", "activations", "features", "log10_frequency"):
         assert torch.equal(getattr(first, field), getattr(batched, field)), field
-    assert not torch.equal(first.rows, samples("d.pt", seed=1).rows)
+    assert not torch.equal(first.rows, samples("d.pt", seed=1).rows) and "few" not in capsys.readouterr().out
+    samples("e.pt", log_freq_lower=-1.02, log_freq_upper=-1)
+    said = "few features in the band: of 64 features that fire --log_freq_lower -2 would hold "
+    assert said in capsys.readouterr().out
 
 
 def prepare_tiny(tiny, tmp_path, here=ALONE, **flags):

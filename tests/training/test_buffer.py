@@ -121,7 +121,15 @@ def merged(parts):
 @pytest.mark.parametrize("processes", [2, 3, 5])
 @pytest.mark.parametrize(
     ("num_batches", "capacity", "burst", "first"),
-    [(200, 60, 8, 0), (200, 60, 8, 131), (61, 20, 50, 45), (9, 1, 3, 0), (90, 90, 7, 5), (30, 4, 1000, 0)],
+    [
+        (200, 60, 8, 0),
+        (200, 60, 8, 131),
+        (61, 20, 50, 45),
+        (9, 1, 3, 0),
+        (90, 90, 7, 5),
+        (30, 4, 1000, 0),
+        (99, 60, 1, 0),
+    ],
 )
 def test_processes_that_hold_their_own_rows_alone_draw_the_same_batches(
     processes, num_batches, capacity, burst, first

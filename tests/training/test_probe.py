@@ -39,8 +39,9 @@ def test_token_classes(tokenizer):
     assert {c for text, c in named if text == "if"} == {"keyword"}
 
 
-def test_what_is_no_python_has_no_class(tokenizer):
-    ids = tokenizer("x = 1\n'''never closed import")["input_ids"]
+@pytest.mark.parametrize("rest", ["'''never closed import", "if x:\n        y\n    import"])
+def test_what_is_no_python_has_no_class(tokenizer, rest):
+    ids = tokenizer(f"x = 1\n{rest}")["input_ids"]
     classes = token_classes(tokenizer, ids).tolist()
     assert CLASSES[classes[0]] == "name"
     assert classes[-1] == -1
@@ -49,7 +50,8 @@ def test_what_is_no_python_has_no_class(tokenizer):
 def test_probe_f1_by_hand():
     """Two classes have enough tokens. The best feature on the first half is scored on the second."""
     tokens_2C = torch.zeros(2, len(CLASSES) + 1)
-    tokens_2C[:, 0], tokens_2C[:, 1], tokens_2C[:, 2], tokens_2C[:, -1] = 10, 20, 9, 60
+    tokens_2C[:, 0], tokens_2C[:, 1], tokens_2C[:, -1] = 10, 20, 60
+    tokens_2C[:, 2] = torch.tensor([9.0, 90])  # too few in one half
     fired_2CF = torch.zeros(2, len(CLASSES) + 1, 2)
     fired_2CF[0, 0] = torch.tensor([10.0, 5])
     fired_2CF[1, 0] = torch.tensor([5.0, 10])  # here feature 1 would be the better one
