@@ -104,6 +104,14 @@ def test_layers_and_hookpoints_that_are_not_there(tiny_llama):
         find_hookpoint(bones, "model.layers.{}.mpl", 1)
 
 
+def test_layers_of_a_model_that_sees_pictures_too_are_those_of_its_text_model(tiny_llama):
+    from transformers import LlavaConfig
+
+    bones = skeleton(tiny_llama)
+    bones.config = LlavaConfig(text_config=bones.config)
+    assert find_hookpoint(bones, "model.layers.{}.mlp", 2)[1] == "model.layers.2.mlp"
+
+
 def test_on_output_replaces_the_first_of_a_tuple(tiny_llama):
     model = load_model(tiny_llama, "cpu", "float32")
     ids_BT = torch.arange(8)[None]

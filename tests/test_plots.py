@@ -76,6 +76,10 @@ def test_a_sweeps_picture_has_the_newest_figures_of_each_run(figures, tmp_path, 
     assert [text.get_text() for text in variance.texts] == ["one", "other"]
     assert not recovered.texts  # not known
     lines = [json.loads(line) for line in (tmp_path / "sweep.jsonl").read_text().splitlines()]
+    assert set(lines[0]) == {
+        "batch", "tokens", "folder", "l1_coefficient", "learning_rate", "dict_vec_size", "k", "target_l0",
+        "l0", "explained_variance", "loss_recovered", "loss_recovered_interval", "dead_share",
+    }  # fmt: skip
     assert [(line["batch"], line["folder"]) for line in lines] == [
         (30, "one"), (30, "other"), (60, "one"), (60, "other"),
     ]  # fmt: skip

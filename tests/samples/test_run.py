@@ -333,6 +333,8 @@ def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama,
         check_target(known, moved, info | {"vocab_size": 49153})
     with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {moved}"):
         check_target(config, moved, info)  # of version 0.1: the last part of the name decides
+    (tmp_path / "same").symlink_to(tiny_llama)
+    check_target(config, str(tmp_path / "same"), info)  # or where it lies
     with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {tiny_llama}"):
         check_target(known | {"model_fingerprint": "of other weights"}, tiny_llama, info)
 

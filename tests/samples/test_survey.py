@@ -183,7 +183,7 @@ def test_memory_does_not_grow_with_contexts():
 
 def test_hard_contexts_are_strong_at_near_features_and_silent_here():
     # Features 1 and 2 have almost the same decoder row; a document is two contexts.
-    rows_FD = torch.nn.functional.normalize(torch.tensor([[0, 0, 1], [1, 0, 0], [1, 0.1, 0], [0, 1, 0.0]]))
+    rows_FD = torch.nn.functional.normalize(torch.tensor([[0, 1, 0.1], [1, 0, 0], [1, 0.1, 0], [0, 1, 0]]))
     f_NTF = torch.zeros(40, 3, 4)
     f_NTF[[0, 2, 4, 6, 8, 30, 14], 1, 1] = torch.tensor([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 0.001])
     f_NTF[[0, 10, 12, 14, 5], 2, 2] = torch.tensor([9.0, 8.0, 7.0, 6.0, 5.0])

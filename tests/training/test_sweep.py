@@ -121,7 +121,9 @@ def test_values_are_combined_in_order_and_one_value_is_a_plain_run():
     }
     assert list(sweep.combinations(one)) == [""]
     assert sweep.combinations(one)[""]["learning_rate"] == 1e-4
-    found = sweep.combinations(one | {"architecture": "topk", "k": [16, 32], "learning_rate": [1.234e-3, 2e-4]})
+    found = sweep.combinations(
+        one | {"architecture": "topk", "k": [16, 32], "learning_rate": [1.234e-3, 2e-4]}
+    )
     assert list(found) == [
         "learning_rate_0.001234-k_16", "learning_rate_0.001234-k_32",
         "learning_rate_0.0002-k_16", "learning_rate_0.0002-k_32",
