@@ -14,7 +14,7 @@ from sae.explanations.evidence import fired_on
 # Scores on the judging contexts: from the first on counting leaves nothing to be asked, and it is below the
 # second that lines, which are long, judge what token readings do not see.
 ENOUGH, FAINT = 0.8, 0.1
-RULES = 2  # to be raised where the same settings come to make other documents: one journal holds one kind
+RULES = 3  # to be raised where the same settings come to make other documents: one journal holds one kind
 MOST_CONTROLS = 20  # other features among which one looks for its control
 
 

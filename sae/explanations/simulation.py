@@ -118,12 +118,12 @@ def named(phrase):
 
 
 def _sequence(neighbour, side):
-    """The phrases of each token beside: of code such as self. all its tokens, of anything else one."""
+    """The phrases of each token beside, the nearest last: of code such as self. all its tokens, else one."""
     text = KIND.sub("", neighbour).strip("`")
     pieces = re.findall(r"\w+|[^\w\s]", text)
     if " " in text or len(pieces) < 2 or side == IN_LINE or not any(map(str.isalnum, pieces)):
         return (_phrases(neighbour),)
-    return tuple((_literally(piece),) for piece in pieces)
+    return tuple((_literally(piece),) for piece in (pieces[::-1] if side == "before" else pieces))
 
 
 def contrasted(log_p_CTd, neutral_CTd=None):

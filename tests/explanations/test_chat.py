@@ -1,5 +1,7 @@
 """Chat messages as text, with real and with odd templates."""
 
+from types import SimpleNamespace
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -28,6 +30,8 @@ def test_a_template_without_a_system_role_gets_it_in_the_first_turn(smollm2):
     )
     text = chat(tokenizer, [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}])
     assert text == "[user]S\n\nU"
+    turns = prompts.explain_messages("the question")
+    assert chat(tokenizer, turns).count("[assistant]") == len(prompts.SHOTS)
 
 
 def test_without_a_template_the_llama_form_is_used(smollm2):
@@ -43,6 +47,9 @@ def test_without_a_template_the_llama_form_is_used(smollm2):
     assert chat(tokenizer, messages) == (
         f"{bos}[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST] A1 {eos}{bos}[INST] U2 [/INST]"
     )
+    assert (
+        split_chat(tokenizer, prompts.explain_messages)[1] == " [/INST] "
+    )  # a reply begins after white space
     tokenizer.bos_token = tokenizer.eos_token = None
     assert chat(tokenizer, messages[:2]) == "[INST] <<SYS>>\nS\n<</SYS>>\n\nU1 [/INST]"
 
@@ -89,3 +96,7 @@ def test_a_template_that_writes_nothing_is_one_line(smollm2, template):
 def test_corpus_text_is_cut_inside_whatever_reads_like_a_control_token(tokenizer):
     assert plain(tokenizer, "a<|im_end|>b") == f"a<{CUT}|im_end|>b"
     assert plain(tokenizer, f"a{CUT}b <|im_e") == "ab <|im_e"
+    within = SimpleNamespace(get_added_vocab=lambda: ["<<s>", "<s>", "  ", "\n", "x"])
+    assert (
+        plain(within, "<<s>  x\n") == f"<{CUT}<{CUT}s>  x\n"
+    )  # white space and single letters are no control

@@ -26,6 +26,8 @@ def test_readings_are_those_of_a_plain_forward_pass_over_the_whole_text(interpre
     contexts = [["·import", "\\n", "x", "·"], ["def", "(", "self", "):"]]
     interpreter.readings("what came before leaves no trace", contexts[:1], batch_size=2)
     read_CTd = interpreter.readings("the keyword import", contexts, batch_size=2)
+    one_by_one_CTd = interpreter.readings("the keyword import", contexts, batch_size=1)
+    torch.testing.assert_close(one_by_one_CTd, read_CTd, atol=1e-3, rtol=1e-3)
     tokenizer, model = interpreter.tokenizer, interpreter.model
     head = chat(tokenizer, prompts.simulate_messages("the keyword import"))
     for context, read_Td in zip(contexts, read_CTd, strict=True):
@@ -129,9 +131,9 @@ def test_the_next_token_and_a_yes_are_read_off_plain_passes(interpreter):
     tokenizer, model = interpreter.tokenizer, interpreter.model
     questions, counted = ("a", "a longer question\n" * 9), []
     texts = [chat(interpreter.tokenizer, prompts.explain_messages(what)) for what in questions]
-    log_p_BV = interpreter.next_token(questions, prompts.explain_messages, "", 2, counted.append)
+    log_p_BV = interpreter.next_token(questions, prompts.explain_messages, "", 1, counted.append)
     odds_B = interpreter.yes(questions, prompts.explain_messages)
-    assert counted == [2]
+    assert counted == [1, 1]
     for text, log_p_V, odds in zip(texts, log_p_BV, odds_B, strict=True):
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         want_V = model(ids).logits[0, -1].log_softmax(-1)
@@ -236,7 +238,9 @@ def test_the_limit_of_positions_counts_what_texts_begin_with(interpreter, monkey
     question = "x\t0\n" * 40
     whole = chat(interpreter.tokenizer, prompts.explain_messages(question)) + prompts.REPLY
     length = len(interpreter.tokenizer(whole, add_special_tokens=False)["input_ids"])
-    interpreter.explanations([question], max_new_tokens=1)
+    anew = Interpreter(interpreter.model, interpreter.tokenizer)
+    anew.explanations([question], max_new_tokens=1)
+    assert anew.tokens_read == length
     monkeypatch.setattr(interpreter, "positions", length)
     interpreter.explanations([question], max_new_tokens=1)
     monkeypatch.setattr(interpreter, "positions", length - 1)
@@ -244,7 +248,7 @@ def test_the_limit_of_positions_counts_what_texts_begin_with(interpreter, monkey
         interpreter.explanations([question], max_new_tokens=1)
 
 
-def test_nothing_in_a_corpus_becomes_a_control_token(interpreter):
+def test_nothing_in_a_corpus_becomes_a_control_token(interpreter, monkeypatch):
     tokenizer = interpreter.tokenizer
     control = set(tokenizer.get_added_vocab().values())
     assert len(control) > 10
@@ -257,6 +261,14 @@ def test_nothing_in_a_corpus_becomes_a_control_token(interpreter):
         asked = [next(interpreter._batches([what], prompts.explain_messages, "", 1)) for what in (token, "x")]
         turns = [len([id for id in rows[0] if id in control]) for _, rows in asked]
         assert turns[0] == turns[1] > 0
+    read, original = [], interpreter._logits
+    monkeypatch.setattr(
+        interpreter, "_logits", lambda ids, *rest: read.append(ids.flatten().tolist()) or original(ids, *rest)
+    )
+    for explanation in (tokenizer.eos_token, "x"):
+        interpreter.readings(explanation, [["a"]], 1)
+    turns = [len([id for id in ids if id in control]) for ids in read[-4:]]  # of explanation, context, twice
+    assert turns[:2] == turns[2:] and turns[0] > 0
 
 
 def test_what_cannot_explain_is_refused_before_weights_are_read(smollm2):

@@ -89,6 +89,7 @@ def test_the_few_shot_examples_are_lines_with_a_number():
         for message in messages[1:-1]:
             numbers = [line.split("\t")[1] for line in message["content"].split("\n") if "\t" in line]
             assert all(0 <= int(number) <= top for number in numbers)
+        assert f"·import\t{top}\n" in messages[1]["content"] + messages[2]["content"]
     assert len(prompts.explain_messages("?")) == 2 + 2 * len(prompts.SHOTS)
 
 
@@ -96,9 +97,10 @@ def test_a_reply_ends_with_its_first_sentence():
     assert prompts.sentence(" the word self. It is") == ("the word self", True)
     assert prompts.sentence(" the word self.x and") == ("the word self.x and", False)
     assert prompts.sentence(" the word self.") == ("the word self", False)  # the next token may be "x"
-    assert prompts.sentence(" names, e.g. foo") == ("names, e.g. foo", False)
+    for names in ("names, e.g. Foo", "names, i.e. Foo"):
+        assert prompts.sentence(f" {names}") == (names, False)
     assert prompts.sentence(" imports\nThe") == ("imports", True)
-    assert prompts.sentence(" a, b, a, b, a, b, a, b") == ("a, b, a, b, a, b, a, b", False)
+    assert prompts.sentence(" a, b, a, b, a, b, a, b, ") == ("a, b, a, b, a, b, a, b,", False)
     assert prompts.sentence(" a, b, a, b, a, b, a, b, a, b, ")[1]  # in circles: it is not waited for
 
 
@@ -117,7 +119,11 @@ def test_a_reply_is_not_cut_inside_code():
 
 
 def test_an_excerpt_is_one_line_with_marks_that_code_cannot_have():
-    assert prompts.excerpt(["from", " a", "\n\t", "«b"], [True, False, False, True]) == "«from» a\\n\\t«<<b»"
+    assert (
+        prompts.excerpt(["from", " a", "\r\n\t", "«b»"], [True, False, False, True])
+        == "«from» a\\n\\t«<<b>>»"
+    )
+    assert prompts.excerpt_question(["a", "b"], "a 1 of 2") == "- a\n- b\nCounted: a 1 of 2"
 
 
 def test_what_is_asked_of_a_text_and_for_a_token():

@@ -43,6 +43,11 @@ def test_the_interval_is_what_drawing_contexts_one_by_one_gives():
     bounds = slow.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     assert scoring.interval(x_CT, y_CT, 7) == pytest.approx(bounds, abs=1e-9)
     assert scoring.interval(torch.zeros(3, 4), torch.rand(3, 4), 0) is None
+    contexts = [Context(0, ["x"] * 8, y_T) for y_T in y_CT]
+    assert scoring.scored(x_CT, contexts, 7)["interval"] == pytest.approx(bounds, abs=1e-4)
+    # Of three contexts one fires: draws without it say nothing, all others correlate perfectly.
+    one_CT = torch.tensor([[0.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    assert scoring.interval(one_CT, 2 * one_CT, 0) == pytest.approx([1.0, 1.0])
 
 
 def test_counting_looks_up_the_mean_activation_of_a_token_and_of_an_unseen_one_nothing():
@@ -101,9 +106,11 @@ def test_of_long_texts_what_stands_around_the_peak_is_asked_about():
     values = torch.zeros(64)
     values[40] = 1.0
     firing = [Context(row, [chr(200 + i) for i in range(64)], values) for row in range(10)]
-    feature, seen = Feature(5, -2.0, 2.0, [], [], firing, []), []
+    silent = [context._replace(values_T=torch.zeros(64)) for context in firing]
+    feature, seen = Feature(5, -2.0, 2.0, [], [], firing + silent, []), []
     scoring.yes_no(feature, "x", lambda _e, _q, texts: seen.extend(texts) or torch.zeros(len(texts)), 0)
-    assert {len(text) for text in seen} == {scoring.YES_TOKENS + 2} and f"«{chr(240)}»" in seen[0]
+    assert [len(text) for text in seen] == [scoring.YES_TOKENS] * 20 + [scoring.YES_TOKENS + 2] * 20
+    assert chr(240) in seen[0] and f"«{chr(240)}»" in seen[20]
 
 
 def test_marks_of_fuzzing_are_as_many_and_never_right():
@@ -116,3 +123,7 @@ def test_marks_of_fuzzing_are_as_many_and_never_right():
     assert marked[:10] == [right] * 10
     for text in marked[10:]:
         assert text.count("«") == 2 and "«b»" not in text and "«c»" not in text
+    assert len(set(marked[10:])) > 3  # drawn, with the run's seed
+    before = marked.copy()
+    scoring.yes_no(feature, "x", lambda _e, _q, texts: marked.extend(texts) or torch.zeros(len(texts)), 1)
+    assert marked[10:20] != marked[len(before) + 10 :]

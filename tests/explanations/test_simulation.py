@@ -1,6 +1,7 @@
 """Readings of explanations: the grammar by hand, planted features in real code by the real SmolLM2."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ def test_what_an_explanation_says_of_neighbours():
     assert read("what follows the word raise") == [((), "after", (("the word raise",),))]
     assert read("self before `.`") == [(("the word self",), "before", (("the token `.`",),))]
     assert read("an attribute after self.") == [((), "after", (("the word self",), ("the token `.`",)))]
+    assert read("the name preceding self.") == [((), "before", (("the token `.`",), ("the word self",)))]
+    assert read("words that come before and after") == [(("words that come before and after",), None, ())]
     assert read("the words of a comment") == [((), "in a line after", (("the token `#`", "the token `//`"),))]
     assert read("the token in a line after `#`") == [((), "in a line after", (("the token `#`",),))]
     assert read("words about files, such as open") == [(("words about files", "the word open"), None, ())]
@@ -102,6 +105,52 @@ def score(simulate, explanation, contexts):
     )
 
 
+def simulated(explanation, *texts):
+    """The tokens on which the token reading fires."""
+    values_CT = Simulator(Even(), "tokens")(explanation, [Context(0, list(texts), torch.zeros(len(texts)))])
+    return [text for text, value in zip(texts, values_CT[0].tolist(), strict=True) if value > 0.9]
+
+
+class Even:
+    """An interpreter to which all tokens are alike, but for token 0 under what is odd, 1 under what is half
+    of the questions.
+    """
+
+    plain = staticmethod(lambda text: text)
+
+    def encode(self, text, _before=""):
+        return [1], [(0, len(text))]
+
+    def next_token(self, texts, about, **_how):
+        log_p_BV = torch.full((len(texts), 2), 1e-6).log()
+        log_p_BV[[place for place, text in enumerate(texts) if "odd" in text], 0] = 0.0
+        if not about.args[0]:  # no shots
+            log_p_BV[[place for place, text in enumerate(texts) if "half" in text], 1] = 0.0
+        return log_p_BV
+
+
+def test_a_part_fires_where_all_of_its_neighbours_stand_and_nowhere_else():
+    assert simulated("the token after self.", "a", "self", ".", "b", ".", "c") == ["b"]
+    assert simulated("the token before self.", "a", "self", ".", "b", ".", "self", "c") == ["a"]
+    assert simulated("the token after `(`", "(", "  ", "(", "b") == ["b"]  # white space is none
+    assert simulated("the name after `(`", "(", "1", "(", "_", "(", "b1") == ["b1"]
+    assert simulated("the words a and b; the word c", "a", "x", "b", "c") == ["a", "b", "c"]
+    assert simulated("odd ones", "import", "1") == []  # of few spellings none is made up
+
+
+def test_a_token_reading_by_hand():
+    """The mean of both questions, over what is likely anyway: 1e-6, and the floor."""
+    over = (math.log(1.0 / 1.1e-5) + math.log(1e-6 / 1.1e-5)) / 2
+    value = Simulator(Even(), "tokens")("half of them", [Context(0, ["x"], torch.zeros(1))]).item()
+    assert value == pytest.approx(1 / (1 + math.exp(5 - over)), rel=1e-4)
+
+
+def test_an_explanation_in_a_question_is_no_control_text():
+    said = SimpleNamespace(plain=str.upper, yes=lambda texts, about, *_how: about(texts[0])[-1]["content"])
+    asked = Simulator(said, "tokens").yes("odd", "Why?", ["t"])
+    assert asked == "A feature fires on ODD. Why? Answer yes or no.\n\nt"
+
+
 def test_right_explanations_are_recognised_and_wrong_ones_are_not(interpreter, code):
     simulate, right, wrong = Simulator(interpreter, "contrastive"), {}, {}
     planted_in = {name: planted(code, rule) for name, rule in (LEXICAL | CONTEXTUAL).items()}
@@ -163,9 +212,16 @@ def test_lines_are_read_where_tokens_say_nothing_and_the_neutral_ones_once(inter
     assert (values_CT.argmax(1) == 1).all() or values_CT.max() < 0.5
     assert digits.asked[0][0] == prompts.NEUTRAL
     before = digits.asked.count((prompts.NEUTRAL, 1))
+    simulate(
+        "odd one", [one._replace(texts=["x", "y", "x"]) for one in contexts]
+    )  # their rows in other words
+    assert digits.asked.count((prompts.NEUTRAL, 1)) == 4
     simulate("odd two", [one._replace(texts=["x", "odd one here", "y"]) for one in odd])
-    assert digits.asked.count((prompts.NEUTRAL, 1)) == before == 2  # each context alone, once
+    assert digits.asked.count((prompts.NEUTRAL, 1)) == before + 2 == 4  # each context alone, once
     assert Simulator(digits, "tokens")("odd one", odd).max() < 0.5
+    digits.asked.clear()
+    Simulator(digits, "contrastive")("odd one", odd, lines=False)
+    assert digits.asked == []
 
 
 def test_each_way_reads_as_it_says(interpreter):

@@ -17,6 +17,7 @@ from sae.autoencoder import Autoencoder, load_checkpoint, save_checkpoint
 from sae.export import export as write
 from sae.export import sae_lens_config
 from sae.models import load_tokenizer
+from sae.report import open_run, write_neuronpedia
 from sae.report.neuronpedia import bins
 
 METRICS = {"l0": 12.34, "explained_variance": 0.876, "loss_recovered": 0.91, "dead_share": 0.0625}
@@ -162,7 +163,7 @@ def write_explained_run(folder, tokenizer, corpus):
     explanations = [
         {"dim": 7, "interpretation": "a word", "explained_by": "text", "score": 0.75, "detection": 0.5,
          "fuzzing": None, "interpretation_model": "some-llm"},
-        {"dim": 12, "interpretation": "another", "score": None},
+        {"dim": 12, "interpretation": "another", "score": None, "fuzzing": 0.25},
     ]  # fmt: skip
     fires = {
         7: {0: {3: 2.0, 5: 1.0}, 1: {4: 0.5}, 2: {6: 1.9, 7: 0.1}, 3: {}},
@@ -182,7 +183,7 @@ def write_explained_run(folder, tokenizer, corpus):
     journal.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_neuronpedia_folder_holds_what_the_samples_hold(tmp_path, smollm2, stdlib):
+def test_neuronpedia_folder_holds_what_the_samples_hold(tmp_path, smollm2, stdlib, monkeypatch):
     # The real package reads it in tests/interop; here its fields are checked against the samples.
     write_explained_run(tmp_path, smollm2, stdlib)
     flags = [
@@ -225,9 +226,23 @@ def test_neuronpedia_folder_holds_what_the_samples_hold(tmp_path, smollm2, stdli
         a, b = map(json.loads, handle)
     assert (a["modelId"], a["layer"], a["index"]) == ("llm", "1-mlp_activations-320", "7")
     assert (a["description"], a["typeName"], a["explanationModelName"]) == ("a word", "text", "some-llm")
-    scores = [(score["explanationScoreTypeName"], score["value"]) for score in a["scores"]]
-    assert scores == [("simulation", 0.75), ("eleuther_recall", 0.5)] and b["scores"] == []
+    scores = [
+        [(score["explanationScoreTypeName"], score["value"]) for score in row["scores"]] for row in (a, b)
+    ]
+    assert scores == [[("simulation", 0.75), ("eleuther_recall", 0.5)], [("eleuther_fuzz", 0.25)]]
     assert a["id"] == a["scores"][0]["explanationId"] != b["id"]
+    # The same in files of two features.
+    monkeypatch.setattr("sae.report.neuronpedia.FEATURES", 2)
+    (tmp_path / "two").mkdir()
+    run = open_run(tmp_path / "samples.pt", tmp_path / "tokens", None, None, None)
+    write_neuronpedia(tmp_path / "two", run, "llm")
+    batches = [json.loads((tmp_path / "two" / f"batch-{number}.json").read_text()) for number in (0, 1)]
+    assert [one for part in batches for one in part["features"]] == batch["features"]
+    assert [len(part["features"]) for part in batches] == [2, 1]
+    rows = [
+        (tmp_path / "two" / "explanations" / f"batch-{number}.jsonl.gz").read_bytes() for number in (0, 1)
+    ]
+    assert [gzip.decompress(part).count(b"\n") for part in rows] == [2, 0]
 
 
 def test_spread_contexts_lie_in_fifths_of_the_range():

@@ -38,7 +38,9 @@ def write_run(folder, dataset_path, tokenizer, fires, length, documents=()):
         "autoencoder_path": str(folder / "7.pt"),
     }  # fmt: skip
     save_checkpoint(folder / "7.pt", config, autoencoder, frequency)
-    (folder / "metrics.jsonl").write_text(json.dumps({"event": "checkpoint", "batch": 7, **METRICS}) + "\n")
+    at = {7: METRICS, 8: dict.fromkeys(METRICS, 0.5)}  # the run went on
+    lines = [json.dumps({"event": "checkpoint", "batch": batch, **at[batch]}) + "\n" for batch in at]
+    (folder / "metrics.jsonl").write_text("".join(lines))
     rows = torch.full((len(fires), 4), -1)
     acts = torch.zeros(len(fires), 4, length)
     for f, contexts in enumerate(fires.values()):
@@ -61,7 +63,7 @@ def write_run(folder, dataset_path, tokenizer, fires, length, documents=()):
 @pytest.fixture
 def run(tmp_path, small_dataset, smollm2):
     """A run of two features on real contexts; [folder, the flags that name its dataset]."""
-    fires = {7: {0: {3: 2.0, 5: 1.0}, 1: {4: 0.5}, 2: {}}, 12: {0: {9: 4.0}, 5: {1: 1.0}, 8: {}}}
+    fires = {7: {0: {3: 2.0, 5: 1.0}, 1: {4: 0.5, 5: 0.001}, 2: {}}, 12: {0: {9: 4.0}, 5: {1: 1.0}, 8: {}}}
     write_run(tmp_path, small_dataset, smollm2, fires, 64, [{"dim": 7, "interpretation": "a & <b>"}])
     return tmp_path, ["--dataset_path", small_dataset]
 
@@ -91,6 +93,10 @@ def test_top_tokens_by_hand():
     assert report.top_tokens(ids, acts) == [(5, 0.75, 2, 3), (7, 0.25, 1, 1)]
     assert report.top_tokens(ids, acts, count=1) == [(5, 0.75, 2, 3)]
     assert report.top_tokens(ids, acts * 0) == []
+    samples = random_samples(1, 4, 9, np.random.default_rng(0))
+    samples.config["skip_positions"] = 1
+    content = report.content(as_run(samples, np.zeros((9, 4), int), ["a"], {}))
+    assert content["features"][0][3][0][3] == 52 * 3, "how often it was seen at positions that count"
 
 
 def test_columns_shown_keeps_the_first_and_spreads_the_spread():
@@ -126,7 +132,7 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     # Feature 7: 2.0 is its maximum, 255; 0.5 a quarter.
     assert packed.activation[0].nonzero()[0].tolist() == [3, 5]
     assert packed.activation[0, [3, 5]].tolist() == [255, 128]
-    assert packed.activation[1, 4] == 64 and not packed.activation[2].any()
+    assert packed.activation[1, [3, 4, 5]].tolist() == [0, 64, 1] and not packed.activation[2].any()
     assert packed.context[0] == packed.context[3], "one context serves both features"
     dataset, _ = open_dataset(small_dataset)
     from transformers import AutoTokenizer
@@ -144,9 +150,13 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     assert "src=" not in page.replace("src=x", "") and 'href="http' not in page
     # The samples name their checkpoint; without it the page says less.
     assert report.build([folder / "samples.pt"], small_dataset) == page
-    checkpoint.unlink()
-    less, _ = data_of(report.build([folder / "samples.pt"], small_dataset))
-    assert less["near"] is None and less["metrics"] == {}
+    for content in (b"of a later run", None):
+        checkpoint.write_bytes(content) if content else checkpoint.unlink()
+        less, _ = data_of(report.build([folder / "samples.pt"], small_dataset))
+        assert less["near"] is None and less["metrics"] == {}
+    own = [folder / "own.jsonl"]
+    own[0].write_text(json.dumps({"event": "checkpoint", "batch": 7, **METRICS, "l0": 5.0}) + "\n")
+    assert data_of(report.build([folder / "samples.pt"], small_dataset, metrics=own))[0]["metrics"]["l0"] == 5
 
 
 def test_contexts_shown_and_scored_keep_their_roles_and_their_simulation(tmp_path, small_dataset, smollm2):
