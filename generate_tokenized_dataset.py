@@ -86,7 +86,7 @@ def main():
             tokenizer.save_pretrained(f"{folder}/copy")  # a folder with the rights that new folders have
             said, done = tokens.write_dataset(save_path, flags, f"{folder}/copy", stopping, bos)
     print(said)
-    return 0 if done else 130
+    return 0 if done else cli.STOPPED
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import resource
 import stat
 from pathlib import Path
 
@@ -53,6 +54,29 @@ def test_same_content_same_bytes(tmp_path):
     assert fingerprint(tmp_path / "one.pt") == fingerprint(tmp_path / "two.pt")
     save_pt(tmp_path / "two.pt", {"a": torch.arange(6), "b": 1.5})
     assert fingerprint(tmp_path / "one.pt") != fingerprint(tmp_path / "two.pt")
+
+
+def test_a_full_disk_is_said_by_the_system(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            save_pt(tmp_path / "x.pt", {"a": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_metrics_of_a_checkpoint_are_those_written_last(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert artifacts.read_metrics(path, 5) == {}
+    events = [("checkpoint", 5, 1.0), ("step", 5, 2.0), ("checkpoint", 5, 3.0), ("checkpoint", 9, 4.0)]
+    lines = [{"event": event, "batch": batch, "l0": l0} for event, batch, l0 in events]
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert [artifacts.read_metrics(path, batch) for batch in (5, 9, 7)] == [lines[2], lines[3], {}]
+    path.write_text("[1]\n")
+    with pytest.raises(InputError, match=r"a JSON object per line needed in .*metrics\.jsonl"):
+        artifacts.read_metrics(path, 5)
 
 
 def test_load_pt_refuses_what_is_no_artifact(tmp_path):

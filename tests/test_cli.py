@@ -63,6 +63,14 @@ def test_errors_are_one_line_and_bugs_keep_their_traceback():
     assert "Traceback" in bug.stderr
 
 
+def test_the_beginning_of_a_flag_is_no_flag(capsys):
+    parser = cli.Parser("x")
+    parser.add_argument("--num_files")
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--num", "3"])
+    assert "more came: --num 3" in capsys.readouterr().err
+
+
 def test_the_hub_retries_in_silence():
     program = "from sae import cli; from huggingface_hub.utils import logging; print(logging.get_verbosity())"
     assert _python(program).stdout == "40\n"
@@ -84,12 +92,21 @@ def test_stop_requested_notes_the_first_signal_and_restores_the_handlers():
 
 
 def test_an_item_that_comes_after_a_signal_is_not_begun():
-    seen = []
+    read, seen = [], []
     with pytest.raises(KeyboardInterrupt):
-        for item in cli.until(lambda: len(seen) == 2, "abc"):
+        for item in cli.until(lambda: len(read) == 2, (read.append(item) or item for item in "abc")):
             seen.append(item)
-    assert seen == ["a", "b"]
+    assert seen == ["a"]
     assert list(cli.until(lambda: False, "abc")) == ["a", "b", "c"]
+
+
+def test_a_signal_that_a_launcher_passes_on_twice_is_one(capsys):
+    with cli.stop_requested(forwarded=True) as stopping:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        assert stopping()
+    assert capsys.readouterr().err == "\nSIGTERM: finishing the current step\n"
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))

@@ -121,12 +121,12 @@ def test_weights_that_differ_far_from_the_beginning_are_another_model(tmp_path):
     folder = llama(tmp_path / "shards")
     model = load_model(folder, "cpu", "float32")
     Path(folder, "model.safetensors").unlink()
-    known = set()
-    for last in (0.0, 1.0):
-        model.lm_head.weight[-1] = last
-        model.save_pretrained(folder, max_shard_size="5KB")
+    model.save_pretrained(folder, max_shard_size="5KB")
+    known, shards = {model_fingerprint(folder)}, sorted(Path(folder).glob("model-*.safetensors"))
+    for shard in shards:
+        shard.write_bytes(shard.read_bytes()[:-1] + b"x")
         known.add(model_fingerprint(folder))
-    assert len(known) == 2 and not Path(folder, "model.safetensors").exists()
+    assert len(known) == 1 + len(shards) > 2
 
 
 def test_a_direction_like_an_unembedding_row_promotes_that_token(smollm2):

@@ -160,7 +160,7 @@ def _table_rows(schema, columns, batches):
     names = [name for name in schema.names if name in columns] if columns else light
     unread = {} if columns else dict.fromkeys(schema.names, b"")
     for batch in batches(columns=names):
-        for row in batch.to_pylist() if names else [{}] * len(batch):
+        for row in batch.to_pylist():
             yield unread | row
 
 

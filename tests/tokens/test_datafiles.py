@@ -125,6 +125,7 @@ def test_tables_of_every_text_type(tmp_path):
                 sink.write_table(table, max_chunksize=2)
             assert rows(tmp_path / "a.arrow") == expected
             assert rows(tmp_path / "a.arrow", ["text"]) == [{"text": text} for text in texts]
+            assert rows(tmp_path / "a.arrow", ["none"]) == [{}] * 3
     many = pa.table({"n": list(range(200))})  # in one batch, which is more than are taken at once
     for write, name in ((pq.write_table, "a.parquet"), (pa.feather.write_feather, "b.arrow")):
         write(many, tmp_path / name)
@@ -257,7 +258,7 @@ def test_a_network_that_fails_is_tried_with_growing_pauses(pauses):
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl.gz", "jsonl.zst"])
 def test_a_connection_that_breaks_loses_and_repeats_nothing(
-    ending, serve, shards, texts, monkeypatch, pauses
+    ending, serve, shards, texts, monkeypatch, pauses, capsys
 ):
     monkeypatch.setattr(datafiles, "STALL_S", 0.5)
     faults = [503, 500, "drop", None, None, 503, "drop", "stall", "drop", 503, None, "stall", 503, "drop"]
@@ -265,6 +266,7 @@ def test_a_connection_that_breaks_loses_and_repeats_nothing(
     read = _documents(f"{server.address}/{{0..1}}.{ending}")
     assert read in (texts[0::2] + texts[1::2], texts[1::2] + texts[0::2])
     assert server.faults == [] and len(pauses) >= 1
+    assert "Timeout" in capsys.readouterr().err  # a server that is silent is not waited for
 
 
 @pytest.mark.parametrize("ending", ["csv.gz", "jsonl.gz"])
