@@ -154,6 +154,7 @@ def test_on_smollm2_equals_brute_force(tmp_path, trained, small_dataset, stdlib_
         f"{len(rows)} features in the band, {rare} too rare, {FEATURES - len(rows) - rare - dead}"
     )
     assert f"{dead} dead; written to {tmp_path / 's.pt'}" in line and "contexts/s" in line
+    assert f", {len(rows[rows >= 0].unique())} contexts looked at twice" in line
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -225,6 +226,14 @@ def test_promoted_tokens_are_of_the_vocabulary_for_any_number_of_features(tmp_pa
     run = run._replace(info=run.info | {"vocab_size": 40})  # and the model has embeddings for more
     for values in run._promoted(torch.arange(64).repeat(5)).values():
         assert len(values) == 320 and torch.equal(values[:64], values[-64:]) and values.max() < 40
+
+
+@pytest.mark.parametrize(("before", "done"), [(0, "16 of 60 .*one pass"), (6, r"48 of \d+ .*second look")])
+def test_a_stop_says_how_far_it_came(tmp_path, monkeypatch, tiny, before, done):
+    asked = iter(range(99))
+    with pytest.raises(KeyboardInterrupt, match=done):
+        run_main(monkeypatch, tiny | {"save_path": tmp_path / "s.pt"}, stopping=lambda: next(asked) >= before)
+    assert os.listdir(tmp_path) == []
 
 
 def test_no_plot_when_not_wanted(tmp_path, tiny):

@@ -113,6 +113,18 @@ def test_products_in_float32_give_the_compiler_no_memory_twice(features, monkeyp
         torch.testing.assert_close(trainers[1].state_dict()[name], want, rtol=0, atol=1e-6, msg=name)
 
 
+def test_a_matrix_of_many_blocks_is_updated_as_one_of_one_is(monkeypatch):
+    found = []
+    for numbers in (10**6, 30):  # all rows at once; five of six numbers each
+        monkeypatch.setitem(update.BLOCK, "cpu", numbers)
+        trainer = Trainer(Autoencoder(6, 23, rng=torch.Generator().manual_seed(0)), 1e-2, 0.3, torch.bfloat16)
+        for batch in range(3):
+            trainer.step(rows(64, batch))
+        found.append(trainer.autoencoder.state_dict())
+    for name, want in found[0].items():
+        torch.testing.assert_close(found[1][name], want, rtol=0, atol=1e-6, msg=name)
+
+
 class NothingRead(TorchDispatchMode):
     """Refuses whatever makes a GPU wait: numbers for Python, and shapes that depend on values."""
 
