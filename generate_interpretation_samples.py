@@ -59,7 +59,7 @@ def main(args, stopping):
     import torch
 
     from sae import samples
-    from sae.plots import frequency_histogram
+    from sae.plots import draw, frequency_histogram
 
     started = time.monotonic()
     here = processes.alone_or_join(args.num_gpus)
@@ -96,7 +96,7 @@ def main(args, stopping):
     samples.save_samples(args.save_path, content)
     if args.save_plot:
         title = f"{args.num_samples} contexts, {survey.tokens} tokens"
-        frequency_histogram(Path(args.save_path).with_suffix(".png"), frequency, title, band)
+        draw(frequency_histogram, Path(args.save_path).with_suffix(".png"), frequency, title, band)
     dead = frequency.isneginf().sum()
     print(
         f"{len(choice.features_F)} features in the band, {(frequency <= band[0]).sum() - dead} too rare, "

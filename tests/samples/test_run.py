@@ -208,9 +208,11 @@ def test_same_flags_same_bytes_and_batches_do_not_matter(tmp_path, monkeypatch, 
     for field in ("rows", "activations", "features", "log10_frequency"):
         assert torch.equal(getattr(first, field), getattr(batched, field)), field
     assert not torch.equal(first.rows, samples("d.pt", seed=1).rows) and "few" not in capsys.readouterr().out
+    (tmp_path / "e.png").mkdir()
     samples("e.pt", log_freq_lower=-1.02, log_freq_upper=-1)
     said = "few features in the band: of 64 features that fire --log_freq_lower -2 would hold "
-    assert said in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert said in out and f"no picture {tmp_path / 'e.png'}" in err
 
 
 def prepare_tiny(tiny, tmp_path, here=ALONE, **flags):
@@ -344,6 +346,8 @@ def test_the_checkpoints_model_is_known_by_its_fingerprint(tmp_path, tiny_llama,
         check_target(config, moved, info)  # of version 0.1: the last part of the name decides
     (tmp_path / "same").symlink_to(tiny_llama)
     check_target(config, str(tmp_path / "same"), info)  # or where it lies
+    namesake = tmp_path / "elsewhere" / Path(tiny_llama).name
+    check_target(config, str(shutil.copytree(moved, namesake)), info)
     with pytest.raises(InputError, match=f"{tiny_llama}.* needed, got {tiny_llama}"):
         check_target(known | {"model_fingerprint": "of other weights"}, tiny_llama, info)
 
