@@ -317,7 +317,7 @@ def test_documents_are_found_by_tokens_and_by_interpretation(client, index, elas
     assert (writer.sent, writer.unsent, writer.rejected, writer.trouble) == (4, 0, [], None)
 
     def found(query):
-        return sorted(found["dim"] for found in search(elasticsearch_url, index, query, api_key=api_key()))
+        return [found["dim"] for found in search(elasticsearch_url, index, query, api_key=api_key())]
 
     # Every document has `import` in its contexts: only the named fields count, on every server alike.
     assert found("import") == [1, 2]
@@ -670,6 +670,14 @@ def test_patience_ends_and_what_is_left_is_counted(proxy, client, index, short_p
     proxy.fault = lambda _request: None
     lacking = missing(there, index, [document(dim) for dim in range(3)])
     assert submit(there, index, [doc["dim"] for doc in lacking]).sent == 3
+
+
+def test_a_server_that_hangs_is_not_waited_for_longer_than_the_patience(proxy, client, index, short_pauses):
+    ensure_index(client, index, ORIGIN)
+    there, begun = connect(proxy.address, KEY), time.monotonic()
+    proxy.fault = slow(8)
+    assert submit(there, index, [1], patience_s=0.5).unsent == 1
+    assert time.monotonic() - begun < 8
 
 
 def test_what_nobody_could_look_at_again_counts_as_unsent(proxy, client, index, short_pauses):

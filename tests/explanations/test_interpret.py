@@ -247,10 +247,9 @@ def test_bad_input_is_refused_in_one_line(inputs, model, tmp_path):
 def test_what_was_made_with_other_settings_is_not_gone_on_with(
     alone, inputs, elasticsearch_url, model, tmp_path
 ):
-    """Neither its journal nor, where there is none, its index."""
+    """Neither its journal nor, where there is none, its index. What a server rejects is named."""
     (tmp_path / "samples.pt").write_bytes((inputs / "samples.pt").read_bytes())
     journal = tmp_path / "samples.explanations.jsonl"
-    journal.write_text("".join(json.dumps(document) + "\n" for document in alone[2]))
     rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     server, key = elasticsearch_url, f"@{inputs / 'key'}"
 
@@ -258,6 +257,10 @@ def test_what_was_made_with_other_settings_is_not_gone_on_with(
         flags = options(tmp_path, inputs, model, index="sae-alone", **flags)
         return run_script("interpret_autoencoder_deepspeed.py", server, key, *flags, env=rank)
 
+    rejected = [document | {"time": "noon"} if document["dim"] == 3 else document for document in alone[2]]
+    journal.write_text("".join(json.dumps(document) + "\n" for document in rejected))
+    result = start_with()
+    assert result.returncode == 3 and "feature 3: rejected by the server: [" in result.stderr
     result = start_with(simulation="expected")
     assert_refused(result, "other", "simulation", "contrastive instead of expected", journal, "move it away")
     journal.unlink()

@@ -198,7 +198,8 @@ def test_neuronpedia_folder_holds_what_the_samples_hold(tmp_path, smollm2, stdli
     assert result.returncode == 0, result.stderr
     batch = json.loads((tmp_path / "out" / "batch-0.json").read_text())
     assert (batch["model_id"], batch["layer"], batch["sae_set"]) == ("llm", 1, "mlp_activations-320")
-    first, _, third = batch["features"]
+    first, second, third = batch["features"]
+    assert [part["values"][9] for part in second["activations"]] == [4.0, 0.0, 0.0]
     assert [feature["feature_index"] for feature in batch["features"]] == [7, 12, 30]
     assert abs(first["frac_nonzero"] - 10**-1.5) < 1e-6
     assert (first["n_prompts_total"], first["n_tokens_in_prompt"]) == (10_000 // 32, 32)

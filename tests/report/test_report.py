@@ -94,9 +94,9 @@ def test_top_tokens_by_hand():
     assert report.top_tokens(ids, acts, count=1) == [(5, 0.75, 2, 3)]
     assert report.top_tokens(ids, acts * 0) == []
     samples = random_samples(1, 4, 9, np.random.default_rng(0))
-    samples.config["skip_positions"] = 1
+    samples.config["skip_positions"], samples.rows[0, 51] = 1, -1
     content = report.content(as_run(samples, np.zeros((9, 4), int), ["a"], {}))
-    assert content["features"][0][3][0][3] == 52 * 3, "how often it was seen at positions that count"
+    assert content["features"][0][3][0][3] == 51 * 3, "how often it was seen at positions that count"
 
 
 def test_columns_shown_keeps_the_first_and_spreads_the_spread():
@@ -150,13 +150,13 @@ def test_page_holds_what_the_samples_hold(run, small_dataset, smollm2):
     assert "src=" not in page.replace("src=x", "") and 'href="http' not in page
     # The samples name their checkpoint; without it the page says less.
     assert report.build([folder / "samples.pt"], small_dataset) == page
+    own = [folder / "own.jsonl"]
+    own[0].write_text(json.dumps({"event": "checkpoint", "batch": 7, **METRICS, "l0": 5.0}) + "\n")
+    assert data_of(report.build([folder / "samples.pt"], small_dataset, metrics=own))[0]["metrics"]["l0"] == 5
     for content in (b"of a later run", None):
         checkpoint.write_bytes(content) if content else checkpoint.unlink()
         less, _ = data_of(report.build([folder / "samples.pt"], small_dataset))
         assert less["near"] is None and less["metrics"] == {}
-    own = [folder / "own.jsonl"]
-    own[0].write_text(json.dumps({"event": "checkpoint", "batch": 7, **METRICS, "l0": 5.0}) + "\n")
-    assert data_of(report.build([folder / "samples.pt"], small_dataset, metrics=own))[0]["metrics"]["l0"] == 5
 
 
 def test_contexts_shown_and_scored_keep_their_roles_and_their_simulation(tmp_path, small_dataset, smollm2):
