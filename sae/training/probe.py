@@ -37,10 +37,7 @@ def token_classes(tokenizer, ids):
 
 def _places(text):
     """Class of every character of a source text that lies in a token: {place: number of the class}."""
-    starts = [
-        0,
-        *itertools.accumulate(map(len, io.StringIO(text))),
-    ]  # not `splitlines`: it ends them at \f too
+    starts = [0, *itertools.accumulate(map(len, io.StringIO(text)))]  # `splitlines` also splits at \f
     found = {}
     try:
         for token in tokenize.generate_tokens(io.StringIO(text).readline):
