@@ -108,6 +108,7 @@ def train_here(args):
         "batchtopk": (sae_lens.BatchTopKTrainingSAE, sae_lens.BatchTopKTrainingSAEConfig, {"k": value}),
         "jumprelu": (sae_lens.JumpReLUTrainingSAE, sae_lens.JumpReLUTrainingSAEConfig, {"target_l0": value}),
     }
+    configs["jumprelu"][2]["jumprelu_sparsity_loss_mode"] = "quadratic"  # the default mode ignores the target
     kind, config, own = configs[architecture]
     sae = kind(config(d_in=rows_ND.shape[1], d_sae=args.features, **own))
     settings = SAETrainerConfig(
